@@ -1,0 +1,29 @@
+"""Names that code on both sides of the host/device border has to agree on."""
+
+import enum
+
+# Mesh axes. Batches are split over `data` and `fsdp`.
+DATA = "data"
+FSDP = "fsdp"
+TENSOR = "tensor"
+MESH_AXES = (DATA, FSDP, TENSOR)
+BATCH_AXES = (DATA, FSDP)
+
+
+class Stream(enum.IntEnum):
+  """What a random number is for.
+
+  Every random number is a function of (seed, stream, step or global example
+  position), so that no two uses share numbers and a resumed run draws what an
+  uninterrupted one would. The values are part of every run's identity: never
+  renumber them.
+  """
+
+  INIT = 0
+  ORDER = 1
+  AUGMENT = 2
+  MASK = 3
+  COLOR_JITTER = 4
+  SCHEDULE = 5
+  SPLIT = 6
+  DROP_PATH = 7

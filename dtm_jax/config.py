@@ -1,0 +1,366 @@
+"""What a run is: every setting, its default, its check, and what follows from it.
+
+The sections below are the schema and the only home of defaults (the paper's
+ViT-B/16 recipe on ImageNet). A file in `configs/` starts from `base()` and
+states what its run is; `resolve()` turns the resulting ConfigDict into frozen
+dataclasses, which is all that the rest of the library ever sees.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+
+from ml_collections import config_dict
+
+from dtm_jax.errors import InputError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+SOURCES = ("digits", "tfds", "folder", "synthetic")
+TEACHERS = ("clip", "checkpoint", "hog", "pixels")
+VARIANTS = ("tiny", "S", "B", "L")
+DISTANCES = ("smooth_l1", "l1", "l2", "negative_cosine")
+DTYPES = ("float32", "bfloat16")
+
+
+def _require(condition: bool, message: str) -> None:
+  if not condition:
+    raise InputError(message)
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+  _require(value in choices, f"config.{name}={value!r} is not one of {', '.join(choices)}")
+
+
+def _require_positive(section: str, settings: object, *names: str) -> None:
+  for name in names:
+    value = getattr(settings, name)
+    _require(value is None or value > 0, f"config.{section}.{name}={value} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """How long, how often, from which seed. `steps`, where given, goes before `epochs`."""
+
+  steps: int | None = None
+  epochs: float | None = None
+  seed: int = 0
+  log_every_steps: int = 50
+  checkpoint_every_steps: int = 1000
+  keep_checkpoints: int = 2
+  on_nonfinite: str = "stop"
+
+  def __post_init__(self):
+    _require(self.steps is not None or self.epochs is not None, "give config.run.steps or config.run.epochs")
+    _require_positive("run", self, "steps", "epochs", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints")
+    _require(0 <= self.seed < 2**31, f"config.run.seed={self.seed} must be in 0..2^31-1")
+    _require_choice("run.on_nonfinite", self.on_nonfinite, ("stop",))
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Images, their augmentation and their block masks; pixels stay uint8 on the host."""
+
+  source: str = "tfds"
+  name: str = "imagenet2012"  # TFDS data set, for source "tfds"
+  path: str = ""  # TFDS data_dir ("" is TFDS's own default), or the folder for source "folder"
+  train_split: str = "train"
+  eval_split: str = "validation"
+  batch_size: int = 2048  # global, per optimiser step
+  image_size: int = 224  # pixels, square
+  num_workers: int = 8  # processes; 0 decodes in threads of this one
+  crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the random crop over the image's
+  crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height
+  flip: float = 0.5  # probability
+  color_jitter: float = 0.4  # brightness, contrast and saturation; 0 turns it off
+  color_jitter_on: str = "device"  # "host" is the release's order: before the crop
+  mean: tuple[float, float, float] = IMAGENET_MEAN  # of RGB in [0, 1]
+  std: tuple[float, float, float] = IMAGENET_STD
+  num_masked: int = 75  # patches per image, exactly
+  mask_min_block: int = 16  # patches
+  mask_min_aspect: float = 0.3  # blocks have an aspect in [this, 1 / this]
+  max_bad_fraction: float = 0.001  # unreadable images over all images, then the run stops
+
+  def __post_init__(self):
+    _require_choice("data.source", self.source, SOURCES)
+    _require_choice("data.color_jitter_on", self.color_jitter_on, ("device", "host"))
+    _require(
+      self.source not in ("folder",) or bool(self.path),
+      f"config.data.source={self.source!r} needs config.data.path, the folder of images",
+    )
+    _require_positive("data", self, "batch_size", "image_size", "mask_min_block")
+    _require(self.num_workers >= 0, f"config.data.num_workers={self.num_workers} must not be negative")
+    _require(self.num_masked >= 0, f"config.data.num_masked={self.num_masked} must not be negative")
+    _require(0 < self.mask_min_aspect <= 1, f"config.data.mask_min_aspect={self.mask_min_aspect} must be in (0, 1]")
+    _require(0 <= self.flip <= 1, f"config.data.flip={self.flip} must be in [0, 1]")
+    _require(0 <= self.color_jitter < 1, f"config.data.color_jitter={self.color_jitter} must be in [0, 1)")
+    _require(0 <= self.max_bad_fraction <= 1, f"config.data.max_bad_fraction={self.max_bad_fraction} must be in [0, 1]")
+    low, high = self.crop_scale
+    _require(0 < low <= high <= 1, f"config.data.crop_scale={self.crop_scale} must be 0 < low <= high <= 1")
+    low, high = self.crop_ratio
+    _require(0 < low <= high, f"config.data.crop_ratio={self.crop_ratio} must be 0 < low <= high")
+    _require(min(self.std) > 0, f"config.data.std={self.std} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The student, a BEiT-style ViT."""
+
+  variant: str = "B"
+  patch_size: int = 16  # pixels
+  drop_path: float = 0.1  # stochastic depth of the last block, linear from 0 at the first
+  dtype: str = "bfloat16"  # of matrix products; parameters and statistics are float32
+  attention: str = "xla"  # implementation, see models/attention.py
+  scan_layers: bool = False  # one compiled block for all layers: compiles faster, steps slower
+  remat: bool = False  # recompute each block in the backward pass: less memory, more time
+
+  def __post_init__(self):
+    _require_choice("model.variant", self.variant, VARIANTS)
+    _require_choice("model.dtype", self.dtype, DTYPES)
+    _require_choice("model.attention", self.attention, ("xla", "cudnn"))
+    _require_positive("model", self, "patch_size")
+    _require(0 <= self.drop_path < 1, f"config.model.drop_path={self.drop_path} must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+  """Where target tokens come from."""
+
+  kind: str = "clip"
+  weights: str = ""  # a weights file, a work folder ("checkpoint"), or a Hugging Face hub name
+  normalization: str = "student"  # "clip" feeds CLIP's own mean and std; the release does not
+  normalize_targets: bool = False  # per token, after morphing
+  dtype: str = "bfloat16"
+
+  def __post_init__(self):
+    _require_choice("teacher.kind", self.kind, TEACHERS)
+    _require_choice("teacher.normalization", self.normalization, ("student", "clip"))
+    _require_choice("teacher.dtype", self.dtype, DTYPES)
+    _require(
+      self.kind not in ("clip", "checkpoint") or bool(self.weights),
+      f"config.teacher.kind={self.kind!r} needs config.teacher.weights: a weights file"
+      + (", or a Hugging Face name such as openai/clip-vit-base-patch16" if self.kind == "clip" else " or a work folder"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MorphingConfig:
+  """The paper's letters: L = draws, n = tokens to merge, k = iterations, K = max_iterations."""
+
+  enabled: bool = True  # False: token-wise targets
+  draws: int = 2
+  budget: int | None = None  # tokens that may merge; None is all N
+  max_iterations: int = 14
+  fixed_num_merged: int | None = None  # n, for the ablation
+  fixed_iterations: int | None = None  # k
+  granularity: str = "batch"  # who shares a draw
+  group_size: int | None = None  # images, for granularity "group"
+  split: str = "alternate"  # "random" is the paper's text
+  protect_first: bool = True  # token 0 never merges, as in the release
+  distance: str = "smooth_l1"
+  loss_on: str = "all"  # "masked": only masked positions count
+
+  def __post_init__(self):
+    _require_choice("morphing.granularity", self.granularity, ("batch", "group", "image"))
+    _require_choice("morphing.split", self.split, ("alternate", "random"))
+    _require_choice("morphing.distance", self.distance, DISTANCES)
+    _require_choice("morphing.loss_on", self.loss_on, ("all", "masked"))
+    _require_positive("morphing", self, "draws", "budget", "max_iterations", "fixed_iterations", "group_size")
+    _require(
+      self.fixed_num_merged is None or self.fixed_num_merged >= 0,
+      f"config.morphing.fixed_num_merged={self.fixed_num_merged} must not be negative",
+    )
+    _require(
+      (self.granularity == "group") == (self.group_size is not None),
+      "config.morphing.group_size goes with config.morphing.granularity='group', and only with it",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+  """AdamW with linear warm-up from 0 and a cosine to `min_lr`, per step."""
+
+  base_lr: float = 1.5e-3
+  base_batch_size: int = 2048  # lr = base_lr * sqrt(batch_size / base_batch_size)
+  min_lr: float = 1e-5
+  warmup_epochs: float = 10.0
+  betas: tuple[float, float] = (0.9, 0.98)
+  eps: float = 1e-8
+  weight_decay: float = 0.05
+  clip_norm: float | None = 3.0  # global norm; None does not clip
+  accumulate_steps: int = 1  # micro-batches per optimiser step
+
+  def __post_init__(self):
+    _require_positive("optim", self, "base_lr", "base_batch_size", "eps", "clip_norm", "accumulate_steps")
+    _require(self.min_lr >= 0, f"config.optim.min_lr={self.min_lr} must not be negative")
+    _require(self.warmup_epochs >= 0, f"config.optim.warmup_epochs={self.warmup_epochs} must not be negative")
+    _require(self.weight_decay >= 0, f"config.optim.weight_decay={self.weight_decay} must not be negative")
+    _require(all(0 <= b < 1 for b in self.betas), f"config.optim.betas={self.betas} must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices per mesh axis; -1 takes what is left."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+  def __post_init__(self):
+    sizes = (self.data, self.fsdp, self.tensor)
+    _require(all(s == -1 or s > 0 for s in sizes), f"config.mesh sizes {sizes} must be positive, or -1")
+    _require(sizes.count(-1) <= 1, "only one of config.mesh.data, fsdp and tensor may be -1")
+    # Sharded state is not there yet: parameters are replicated.
+    _require(self.fsdp == 1 and self.tensor == 1, "config.mesh.fsdp and config.mesh.tensor must be 1 in this version")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """k-NN on frozen features and pictures, before and after training."""
+
+  knn: bool = True
+  knn_k: int = 20
+  knn_temperature: float = 0.07
+  max_train_images: int = 50_000
+  max_test_images: int = 10_000
+  batch_size: int = 256
+  figure_images: int = 4  # rows of figures/morphing.png; 0 draws none
+
+  def __post_init__(self):
+    _require_positive("eval", self, "knn_k", "knn_temperature", "max_train_images", "max_test_images", "batch_size")
+    _require(self.figure_images >= 0, f"config.eval.figure_images={self.figure_images} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One run."""
+
+  task: str = "pretrain"
+  run: RunConfig = RunConfig(epochs=300)
+  data: DataConfig = DataConfig()
+  model: ModelConfig = ModelConfig()
+  teacher: TeacherConfig = TeacherConfig(weights="openai/clip-vit-base-patch16")
+  morphing: MorphingConfig = MorphingConfig()
+  optim: OptimConfig = OptimConfig()
+  mesh: MeshConfig = MeshConfig()
+  eval: EvalConfig = EvalConfig()
+
+  def __post_init__(self):
+    _require_choice("task", self.task, ("pretrain",))
+    size, patch, batch = self.data.image_size, self.model.patch_size, self.data.batch_size
+    _require(
+      size % patch == 0,
+      f"config.data.image_size={size} is not a multiple of config.model.patch_size={patch};"
+      f" {size // patch * patch or patch} or {(size // patch + 1) * patch} would be",
+    )
+    _require(
+      self.data.num_masked <= self.num_tokens,
+      f"config.data.num_masked={self.data.num_masked} is over the {self.num_tokens} patches of an image",
+    )
+    _require(
+      batch % self.optim.accumulate_steps == 0,
+      f"config.data.batch_size={batch} is not divisible by config.optim.accumulate_steps={self.optim.accumulate_steps}",
+    )
+    micro_batch, group = batch // self.optim.accumulate_steps, self.morphing.group_size
+    _require(
+      group is None or micro_batch % group == 0,
+      f"config.morphing.group_size={group} does not divide the (micro-)batch of {micro_batch} images",
+    )
+    budget, fixed = self.morphing_budget, self.morphing.fixed_num_merged
+    _require(budget <= self.num_tokens, f"config.morphing.budget={budget} is over the {self.num_tokens} tokens of an image")
+    _require(fixed is None or fixed <= budget, f"config.morphing.fixed_num_merged={fixed} is over the budget of {budget}")
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    """Patches (down, across)."""
+    side = self.data.image_size // self.model.patch_size
+    return side, side
+
+  @property
+  def num_tokens(self) -> int:
+    """Patches per image, N."""
+    return math.prod(self.grid)
+
+  @property
+  def morphing_budget(self) -> int:
+    return self.num_tokens if self.morphing.budget is None else self.morphing.budget
+
+  @property
+  def peak_lr(self) -> float:
+    """Learning rate after warm-up: base times sqrt(batch / base batch)."""
+    return self.optim.base_lr * math.sqrt(self.data.batch_size / self.optim.base_batch_size)
+
+  def steps_per_epoch(self, num_examples: int) -> int:
+    return max(1, num_examples // self.data.batch_size)
+
+  def total_steps(self, num_examples: int) -> int:
+    if self.run.steps is not None:
+      return self.run.steps
+    return max(1, round(self.run.epochs * self.steps_per_epoch(num_examples)))
+
+  def warmup_steps(self, num_examples: int) -> int:
+    return round(self.optim.warmup_epochs * self.steps_per_epoch(num_examples))
+
+
+def base() -> config_dict.ConfigDict:
+  """The paper's ViT-B/16 recipe as a ConfigDict, for a config file to change."""
+  return _to_config_dict(Config())
+
+
+def _to_config_dict(settings: object) -> config_dict.ConfigDict:
+  result = config_dict.ConfigDict()
+  for field in dataclasses.fields(settings):
+    value, optional_type = getattr(settings, field.name), _optional_type(field.type)
+    if dataclasses.is_dataclass(value):
+      result[field.name] = _to_config_dict(value)
+    elif optional_type is not None:
+      result[field.name] = config_dict.placeholder(optional_type)
+      result[field.name] = value
+    else:
+      result[field.name] = value
+  return result
+
+
+def _optional_type(annotation: object) -> type | None:
+  """`int` for `int | None`; None for anything else."""
+  if not isinstance(annotation, types.UnionType):
+    return None
+  return next(t for t in typing.get_args(annotation) if t is not type(None))
+
+
+def resolve(config: config_dict.ConfigDict) -> Config:
+  """ConfigDict -> checked, frozen dataclasses.
+
+  Raises:
+    InputError: a key that does not exist or is missing, a value of the wrong
+      type or range, or settings that do not go together.
+  """
+  return _resolve_section(config, Config, "config")
+
+
+def _resolve_section(values: config_dict.ConfigDict, schema: type, path: str):
+  fields = {f.name: f for f in dataclasses.fields(schema)}
+  for name in values:
+    _require(name in fields, f"{path}.{name} does not exist; {path} has {', '.join(fields)}")
+  for name in fields:
+    _require(name in values, f"{path}.{name} is missing; start the config from dtm_jax.config.base()")
+  return schema(**{name: _resolve_value(values[name], field.type, f"{path}.{name}") for name, field in fields.items()})
+
+
+def _resolve_value(value: object, annotation: object, path: str):
+  if dataclasses.is_dataclass(annotation):
+    _require(isinstance(value, config_dict.ConfigDict), f"{path} is a section, not {value!r}")
+    return _resolve_section(value, annotation, path)
+  if typing.get_origin(annotation) is tuple:
+    element, length = typing.get_args(annotation)[0], len(typing.get_args(annotation))
+    _require(isinstance(value, (tuple, list)) and len(value) == length, f"{path}={value!r} must have {length} elements")
+    return tuple(_resolve_value(v, element, path) for v in value)
+  optional_type = _optional_type(annotation)
+  if optional_type is not None:
+    return None if value is None else _resolve_value(value, optional_type, path)
+  if annotation is float and type(value) is int:
+    return float(value)
+  _require(type(value) is annotation, f"{path}={value!r} must be of type {annotation.__name__}, not {type(value).__name__}")
+  return value
