@@ -23,6 +23,7 @@ TEACHERS = ("clip", "checkpoint", "hog", "pixels")
 VARIANTS = ("tiny", "S", "B", "L")
 DISTANCES = ("smooth_l1", "l1", "l2", "negative_cosine")
 DTYPES = ("float32", "bfloat16")
+ATTENTIONS = ("matmul", "xla", "cudnn")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -112,14 +113,14 @@ class ModelConfig:
   patch_size: int = 16  # pixels
   drop_path: float = 0.1  # stochastic depth of the last block, linear from 0 at the first
   dtype: str = "bfloat16"  # of matrix products; parameters and statistics are float32
-  attention: str = "xla"  # implementation, see models/attention.py
+  attention: str = "matmul"  # "matmul", "xla" or "cudnn", see models/attention.py
   scan_layers: bool = False  # one compiled block for all layers: compiles faster, steps slower
   remat: bool = False  # recompute each block in the backward pass: less memory, more time
 
   def __post_init__(self):
     _require_choice("model.variant", self.variant, VARIANTS)
     _require_choice("model.dtype", self.dtype, DTYPES)
-    _require_choice("model.attention", self.attention, ("xla", "cudnn"))
+    _require_choice("model.attention", self.attention, ATTENTIONS)
     _require_positive("model", self, "patch_size")
     _require(0 <= self.drop_path < 1, f"config.model.drop_path={self.drop_path} must be in [0, 1)")
 

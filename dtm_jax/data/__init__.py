@@ -1,0 +1,1 @@
+"""Host side: sources of encoded images, augmentation, block masks, batches. Numpy only."""

@@ -1,0 +1,257 @@
+"""Source -> batches. The stream is a pure function of (seed, step).
+
+Position s * global_batch + r of the stream is row r of the global batch at
+step s, for any number of hosts, workers and restarts: everything that is
+random about a row is drawn from (seed, Stream, position), and the order is a
+shuffle of the whole source that changes every epoch.
+"""
+
+import contextlib
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import TypedDict
+
+import grain
+import numpy as np
+from absl import logging
+
+from dtm_jax.axes import Stream
+from dtm_jax.config import Config
+from dtm_jax.data import masking, transforms
+from dtm_jax.data.sources import NO_LABEL, Source
+from dtm_jax.errors import InputError
+
+_REPLACEMENTS = 20  # tries for a readable image before giving up
+_READ_THREADS = 4  # of this process, where there are no workers
+
+
+class Batch(TypedDict):
+  """Training batch; b is this process's share of the global batch, S the image side, N the number of patches."""
+
+  image: np.ndarray  # uint8 [b, S, S, 3], RGB
+  mask: np.ndarray  # bool [b, N], True = masked
+  label: np.ndarray  # int32 [b], -1 where the source has none
+  position: np.ndarray  # int64 [b], place in the stream
+  index: np.ndarray  # int64 [b], place in the source
+  bad: np.ndarray  # int64 [b], place in the source of an unreadable image that this row replaces, or -1
+
+
+class EvalBatch(TypedDict):
+  """Evaluation batch; a row that is not valid is padding (index -1) or an unreadable image (its index)."""
+
+  image: np.ndarray  # uint8 [b, S, S, 3]
+  label: np.ndarray  # int32 [b]
+  index: np.ndarray  # int64 [b]
+  valid: np.ndarray  # bool [b]
+
+
+@contextlib.contextmanager
+def train_batches(
+  config: Config, source: Source, *, start_step: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[Iterator[Batch]]:
+  """Endless training batches; leaving the context stops the worker processes.
+
+  Args:
+    config: the run.
+    source: where images come from.
+    start_step: step of the first batch; nothing before it is read.
+    process_index: which rows of the global batch are this process's.
+    process_count: how many processes share the global batch.
+
+  Yields:
+    An iterator over `Batch`. Its `next` raises InputError where an image and
+    all its replacements are unreadable.
+
+  Raises:
+    InputError: the global batch is not divisible by `process_count`.
+  """
+  rows = _rows_per_process(config.data.batch_size, process_count)
+  order_seed = np.random.SeedSequence((config.run.seed, Stream.ORDER)).generate_state(1).item()
+  stream = grain.MapDataset.range(len(source)).shuffle(seed=order_seed).repeat()
+  chunks = stream.map_with_index(_TrainRow(config, source)).batch(rows, drop_remainder=True)
+  # Chunk s * process_count + p holds the rows of process p at step s.
+  mine = chunks[start_step * process_count + process_index :: process_count]
+  with contextlib.closing(_prefetch(mine, config.data.num_workers)) as batches:
+    yield batches
+
+
+@contextlib.contextmanager
+def eval_batches(
+  config: Config,
+  source: Source,
+  batch_size: int,
+  *,
+  limit: int | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Iterator[Iterator[EvalBatch]]:
+  """Each image once, in source order; leaving the context stops the worker processes.
+
+  Args:
+    config: the run.
+    source: where images come from.
+    batch_size: global; the last batch is padded with rows that are not valid.
+    limit: at most this many images, spread over the source; None is all.
+    process_index: which rows of the global batch are this process's.
+    process_count: how many processes share the global batch.
+
+  Yields:
+    An iterator over `EvalBatch`, as many for each process.
+
+  Raises:
+    InputError: `batch_size` is not divisible by `process_count`.
+  """
+  rows = _rows_per_process(batch_size, process_count)
+  members = _spread(len(source), limit)
+  padding = -len(members) % batch_size
+  padded = np.concatenate([members, np.full(padding, -1)])
+  chunks = grain.MapDataset.source(padded).map(_EvalRow(config, source)).batch(rows, drop_remainder=True)
+  with contextlib.closing(_prefetch(chunks[process_index::process_count], config.data.num_workers)) as batches:
+    yield batches
+
+
+class BadImageMonitor:
+  """Names every unreadable image in the log once, and stops the run when there are too many."""
+
+  def __init__(self, source: Source, max_fraction: float):
+    self._source = source
+    self._allowed = math.ceil(max_fraction * len(source))
+    self._seen: set[int] = set()
+
+  @property
+  def count(self) -> int:
+    """Distinct unreadable images so far."""
+    return len(self._seen)
+
+  def observe(self, indices: np.ndarray) -> None:
+    """Takes note of the `bad` field of a batch (or other indices; negative ones mean nothing).
+
+    Raises:
+      InputError: more distinct images than allowed.
+    """
+    for index in sorted({*indices[indices >= 0].tolist()} - self._seen):
+      self._seen.add(index)
+      logging.warning("unreadable image skipped: %s", self._source.name(index))
+      if self.count > self._allowed:
+        raise InputError(
+          f"{self.count} unreadable images, the last one {self._source.name(index)}, are over the {self._allowed} allowed;"
+          " repair them or raise config.data.max_bad_fraction"
+        )
+
+
+class _TrainRow:
+  """(position in the stream, shuffled index) -> one row of a `Batch`."""
+
+  def __init__(self, config: Config, source: Source):
+    self._config, self._source = config, source
+
+  def __call__(self, position: int, index: int) -> dict[str, np.ndarray]:
+    data = self._config.data
+    image, label, used, bad = self._read(position, index)
+    mask_rng = _row_rng(self._config, Stream.MASK, position)
+    mask = masking.block_mask(mask_rng, self._config.grid, data.num_masked, data.mask_min_block, data.mask_min_aspect)
+    return {
+      "image": image,
+      "mask": mask,
+      "label": np.int32(label),
+      "position": np.int64(position),
+      "index": np.int64(used),
+      "bad": np.int64(bad),
+    }
+
+  def _read(self, position: int, index: int) -> tuple[np.ndarray, int, int, int]:
+    """Image, label, index in the source, and -1 or the index that could not be read."""
+    try:
+      return *self._augmented(position, index), index, -1
+    except transforms.UnreadableImageError:
+      bad = index
+    rng = _row_rng(self._config, Stream.REPLACE, position)
+    for replacement in rng.integers(len(self._source), size=_REPLACEMENTS).tolist():
+      try:
+        return *self._augmented(position, replacement), replacement, bad
+      except transforms.UnreadableImageError:
+        continue
+    raise InputError(
+      f"{self._source.name(bad)} and {_REPLACEMENTS} random other images are unreadable; check config.data"
+    )
+
+  def _augmented(self, position: int, index: int) -> tuple[np.ndarray, int]:
+    data = self._config.data
+    example = self._source[index]
+    image = transforms.train_image(
+      example.image,
+      _row_rng(self._config, Stream.AUGMENT, position),
+      size=data.image_size,
+      crop_scale=data.crop_scale,
+      crop_ratio=data.crop_ratio,
+      flip=data.flip,
+      jitter=data.color_jitter if data.color_jitter_on == "host" else 0.0,
+      jitter_rng=_row_rng(self._config, Stream.COLOR_JITTER, position),
+    )
+    return image, example.label
+
+
+class _EvalRow:
+  """Index in the source, or -1 for padding -> one row of an `EvalBatch`."""
+
+  def __init__(self, config: Config, source: Source):
+    self._size, self._source = config.data.image_size, source
+
+  def __call__(self, index: int) -> dict[str, np.ndarray]:
+    image, label, valid = np.zeros((self._size, self._size, 3), np.uint8), NO_LABEL, False
+    if index >= 0:
+      with contextlib.suppress(transforms.UnreadableImageError):
+        example = self._source[index]
+        image, label, valid = transforms.eval_image(example.image, size=self._size), example.label, True
+    return {"image": image, "label": np.int32(label), "index": np.int64(index), "valid": np.bool_(valid)}
+
+
+def _row_rng(config: Config, stream: Stream, position: int) -> np.random.Generator:
+  """Counter-based: the key is (seed, stream), and every position has 2^64 draws of its own."""
+  key, counter = np.array([config.run.seed, stream], np.uint64), np.array([0, position, 0, 0], np.uint64)
+  return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def _rows_per_process(batch_size: int, process_count: int) -> int:
+  if batch_size % process_count:
+    raise InputError(f"a batch of {batch_size} is not divisible by {process_count} processes; change the batch size")
+  return batch_size // process_count
+
+
+def _spread(length: int, limit: int | None) -> np.ndarray:
+  """int64 indices: all, or one at a fixed random place in each of `limit` equal stretches.
+
+  Even steps could always meet the same class where classes alternate.
+  """
+  if limit is None or limit >= length:
+    return np.arange(length)
+  edges = np.arange(limit + 1) * length // limit
+  return np.random.default_rng(0).integers(edges[:-1], edges[1:])
+
+
+def _prefetch(batches: grain.MapDataset, num_workers: int) -> grain.DatasetIterator:
+  """Threads of this process, or worker processes that each build whole batches in turn."""
+  threads = 1 if num_workers else _READ_THREADS
+  dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+  if num_workers:
+    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_init_worker)
+  return iter(dataset)
+
+
+def _init_worker(worker_index: int, worker_count: int) -> None:
+  """Ties a worker's life to the parent's, and to nothing else."""
+  del worker_index, worker_count
+  # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the parent still needs batches
+  # to finish its step, and stops its workers itself.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+  multiprocessing.parent_process().join()  # returns also when the parent was killed
+  os._exit(0)

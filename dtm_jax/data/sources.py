@@ -1,0 +1,222 @@
+"""Where encoded images come from: TFDS data sets, folders, scikit-learn's digits, or a generator."""
+
+import io
+import os
+import pathlib
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from dtm_jax.config import DataConfig
+from dtm_jax.errors import InputError
+
+NO_LABEL = -1
+IMAGE_SUFFIXES = frozenset(
+  (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+)  # compared in lower case
+_HOLD_OUT_EVERY = 10  # images of a folder without an evaluation split
+
+
+class Example(NamedTuple):
+  """One encoded image and its class, NO_LABEL where the source has none."""
+
+  image: bytes
+  label: int
+
+
+class Source(Protocol):
+  """Random access to encoded images; picklable, for worker processes."""
+
+  num_classes: int | None
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> Example: ...
+
+  def name(self, index: int) -> str:
+    """What a log should call this image."""
+
+
+def open_source(config: DataConfig, split: str) -> Source:
+  """Opens the configured source.
+
+  Args:
+    config: the data section of a run's config.
+    split: "train" or "eval".
+
+  Raises:
+    InputError: the data are missing, empty, or not of the expected kind.
+  """
+  if split not in ("train", "eval"):
+    raise ValueError(f"split={split!r} is neither 'train' nor 'eval'")
+  split_name = config.train_split if split == "train" else config.eval_split
+  match config.source:
+    case "digits":
+      return TfdsSource(_digits_builder(config.path), split_name)
+    case "tfds":
+      return TfdsSource(_tfds_builder(config.name, config.path), split_name)
+    case "folder":
+      return open_folder(pathlib.Path(config.path), split, split_name)
+    case "synthetic":
+      return SyntheticSource(split)
+  raise ValueError(f"unknown source {config.source!r}")
+
+
+class TfdsSource:
+  """A split of a TFDS data set, as ArrayRecord; images stay encoded."""
+
+  def __init__(self, builder, split: str):
+    import tensorflow_datasets as tfds
+
+    features, splits = builder.info.features, builder.info.splits
+    self._name = f"{builder.name}/{split}"
+    if split not in splits:
+      raise InputError(f"{builder.name} has no split {split!r}; set the split in config.data to one of {', '.join(splits)}")
+    if "image" not in features:
+      raise InputError(f"{builder.name} has no feature 'image', only {', '.join(features)}; choose an image data set")
+    self._has_label = "label" in features
+    self.num_classes = features["label"].num_classes if self._has_label else None
+    try:
+      self._records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except NotImplementedError as error:
+      raise InputError(_not_array_record(builder.name)) from error
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> Example:
+    record = self._records[index]
+    return Example(record["image"], int(record["label"]) if self._has_label else NO_LABEL)
+
+  def name(self, index: int) -> str:
+    return f"{self._name}[{index}]"
+
+
+def _tfds_builder(name: str, data_dir: str):
+  import tensorflow_datasets as tfds
+
+  try:
+    builder = tfds.builder(name, data_dir=data_dir or None)
+  except tfds.core.DatasetNotFoundError as error:
+    where = data_dir or tfds.core.constants.DATA_DIR
+    raise InputError(f"TFDS data set {name!r} is neither known nor found under {where}; see config.data.name and path") from error
+  if not builder.data_path.exists():
+    raise InputError(_not_array_record(name))
+  return builder
+
+
+def _not_array_record(name: str) -> str:
+  return f"TFDS data set {name!r} is not prepared as ArrayRecord; run: tfds build {name} --file_format=array_record"
+
+
+def _digits_builder(data_dir: str):
+  from dtm_jax.data.builders import digits
+
+  return digits.prepared_builder(data_dir)
+
+
+class FolderSource:
+  """Image files, in the order given."""
+
+  def __init__(self, paths: list[str], labels: np.ndarray, num_classes: int | None):
+    self._paths, self._labels = paths, labels
+    self.num_classes = num_classes
+
+  def __len__(self) -> int:
+    return len(self._paths)
+
+  def __getitem__(self, index: int) -> Example:
+    return Example(pathlib.Path(self._paths[index]).read_bytes(), int(self._labels[index]))
+
+  def name(self, index: int) -> str:
+    return self._paths[index]
+
+
+def open_folder(root: pathlib.Path, split: str, split_name: str) -> FolderSource:
+  """A folder per class, or a flat folder, whose labels are NO_LABEL.
+
+  With a subfolder named after the split, that is the split. Otherwise every
+  tenth image in sorted order is for evaluation and the others are for training.
+
+  Args:
+    root: the folder.
+    split: "train" or "eval".
+    split_name: what a subfolder for this split is called.
+
+  Raises:
+    InputError: no such folder, no images, an empty class folder.
+  """
+  if (root / split_name).is_dir():
+    return FolderSource(*list_images(root / split_name))
+  paths, labels, num_classes = list_images(root)
+  held_out = np.arange(len(paths)) % _HOLD_OUT_EVERY == 0
+  chosen = np.flatnonzero(held_out if split == "eval" else ~held_out)
+  if not len(chosen):
+    raise InputError(f"{root} has too few images ({len(paths)}) to hold some out for evaluation; add images")
+  return FolderSource([paths[i] for i in chosen], labels[chosen], num_classes)
+
+
+def list_images(root: pathlib.Path) -> tuple[list[str], np.ndarray, int | None]:
+  """Image files by suffix, sorted by class and name; hidden files and other files are passed over.
+
+  Returns:
+    Paths, labels int64 (NO_LABEL for a flat folder), number of classes (None for a flat folder).
+
+  Raises:
+    InputError: see `open_folder`.
+  """
+  classes, flat = _scan(root)
+  if classes and flat:
+    raise InputError(f"{root} has both class folders and images of its own, such as {flat[0]}; move one of them away")
+  if not classes:
+    if not flat:
+      raise InputError(f"{root} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}); give another folder")
+    return flat, np.full(len(flat), NO_LABEL), None
+  files = [_scan(pathlib.Path(path))[1] for path in classes]
+  for path, members in zip(classes, files, strict=True):
+    if not members:
+      raise InputError(f"class folder {path} has no images; remove it or fill it")
+  labels = np.repeat(np.arange(len(classes)), [len(members) for members in files])
+  return [path for members in files for path in members], labels, len(classes)
+
+
+def _scan(folder: pathlib.Path) -> tuple[list[str], list[str]]:
+  """Sorted paths of the subfolders and of the images."""
+  try:
+    with os.scandir(folder) as scan:
+      entries = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda entry: entry.name)
+  except OSError as error:
+    raise InputError(f"cannot read the image folder {folder}: {error.strerror}; check config.data.path") from error
+  folders = [entry.path for entry in entries if entry.is_dir()]
+  images = [entry.path for entry in entries if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and entry.is_file()]
+  return folders, images
+
+
+class SyntheticSource:
+  """Gratings whose direction and colour tell the class, as JPEG; the same at every call, without files."""
+
+  num_classes = 8
+  _SIZES = {"train": 512, "eval": 128}
+  _HEIGHT, _WIDTH = 72, 96  # not square: a swapped axis shows
+
+  def __init__(self, split: str):
+    self._split = split
+
+  def __len__(self) -> int:
+    return self._SIZES[self._split]
+
+  def __getitem__(self, index: int) -> Example:
+    label = index % self.num_classes
+    rng = np.random.default_rng((list(self._SIZES).index(self._split), index))
+    y, x = np.mgrid[: self._HEIGHT, : self._WIDTH]
+    angle = np.pi * label / self.num_classes
+    wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) / rng.uniform(2, 4) + rng.uniform(0, 2 * np.pi))
+    color = 0.5 + 0.5 * np.cos(angle + np.array([0, 2, 4]))
+    pixels = 128 + 90 * wave[..., None] * color + rng.normal(0, 12, size=(*wave.shape, 3))
+    encoded = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(encoded, "JPEG", quality=90)
+    return Example(encoded.getvalue(), label)
+
+  def name(self, index: int) -> str:
+    return f"synthetic/{self._split}[{index}]"

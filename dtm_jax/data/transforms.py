@@ -1,0 +1,171 @@
+"""Encoded bytes -> uint8 RGB crops, with as little work per pixel as Pillow allows."""
+
+import io
+import math
+import struct
+
+import numpy as np
+from PIL import Image, ImageEnhance
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+
+_CROP_TRIES = 10  # torchvision's
+_EVAL_RESIZE = 256 / 224  # shorter side after resizing over the size of the centre crop
+_REDUCING_GAP = 2.0  # box-average to this many times the output before the bicubic filter
+_DECODE_ERRORS = (
+  OSError,
+  SyntaxError,
+  ValueError,
+  EOFError,
+  struct.error,
+  Image.DecompressionBombError,
+  Image.DecompressionBombWarning,
+)
+
+
+class UnreadableImageError(Exception):
+  """The bytes are no image, are truncated, or describe an absurdly large one."""
+
+
+def train_image(
+  data: bytes,
+  rng: np.random.Generator,
+  *,
+  size: int,
+  crop_scale: tuple[float, float],
+  crop_ratio: tuple[float, float],
+  flip: float,
+  jitter: float = 0.0,
+  jitter_rng: np.random.Generator | None = None,
+) -> np.ndarray:
+  """Colour jitter (if any), random resized crop, random flip.
+
+  The release jitters the whole image, flips it, then crops; flipping the crop
+  instead has the same distribution, because crops are mirror-symmetric.
+
+  Args:
+    data: an encoded image.
+    rng: draws the crop and the flip.
+    size: side of the result in pixels.
+    crop_scale: area of the crop over the image's, uniform in this range.
+    crop_ratio: width over height of the crop, log-uniform in this range.
+    flip: probability of mirroring left and right.
+    jitter: strength of brightness, contrast and saturation.
+    jitter_rng: draws the jitter; needed where `jitter` is not 0.
+
+  Returns:
+    uint8 [size, size, 3], RGB.
+
+  Raises:
+    UnreadableImageError: see there.
+  """
+  try:
+    image = Image.open(io.BytesIO(data))
+    box = random_crop_box(rng, image.size, crop_scale, crop_ratio)
+    image, box = _decode(image, box, size)
+    if jitter:
+      image = color_jitter(image.convert("RGB"), jitter_rng, jitter)
+    pixels = _resize(image, box, size)
+  except _DECODE_ERRORS as error:
+    raise UnreadableImageError(str(error)) from error
+  return pixels[:, ::-1] if rng.random() < flip else pixels
+
+
+def eval_image(data: bytes, *, size: int) -> np.ndarray:
+  """Shorter side resized to 256/224 of `size`, then the central `size` x `size`, in one resampling.
+
+  Args:
+    data: an encoded image.
+    size: side of the result in pixels.
+
+  Returns:
+    uint8 [size, size, 3], RGB.
+
+  Raises:
+    UnreadableImageError: see there.
+  """
+  try:
+    image = Image.open(io.BytesIO(data))
+    image, box = _decode(image, center_crop_box(image.size), size)
+    return _resize(image, box, size)
+  except _DECODE_ERRORS as error:
+    raise UnreadableImageError(str(error)) from error
+
+
+def random_crop_box(
+  rng: np.random.Generator, image_size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
+) -> Box:
+  """torchvision's RandomResizedCrop: ten tries, then the largest central crop of an allowed shape.
+
+  Args:
+    rng: draws the crop.
+    image_size: (width, height) in pixels.
+    scale: range of the crop's area over the image's.
+    ratio: range of the crop's width over its height.
+
+  Returns:
+    A box with whole numbers.
+  """
+  width, height = image_size
+  log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+  for area_draw, ratio_draw, left_draw, top_draw in rng.random((_CROP_TRIES, 4)).tolist():
+    area = width * height * (scale[0] + (scale[1] - scale[0]) * area_draw)
+    aspect = math.exp(log_low + (log_high - log_low) * ratio_draw)
+    crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    if 0 < crop_width <= width and 0 < crop_height <= height:
+      left = int(left_draw * (width - crop_width + 1))
+      top = int(top_draw * (height - crop_height + 1))
+      return left, top, left + crop_width, top + crop_height
+  crop_width = min(width, round(height * ratio[1])) or 1
+  crop_height = min(height, round(width / ratio[0])) or 1
+  left, top = (width - crop_width) // 2, (height - crop_height) // 2
+  return left, top, left + crop_width, top + crop_height
+
+
+def center_crop_box(image_size: tuple[int, int]) -> Box:
+  """The square that is left of (width, height) after resizing to 256/224 and cropping the centre."""
+  width, height = image_size
+  side = min(width, height) / _EVAL_RESIZE
+  left, top = (width - side) / 2, (height - side) / 2
+  return left, top, left + side, top + side
+
+
+def color_jitter(image: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
+  """torchvision's ColorJitter(strength, strength, strength) on an RGB image: factors and order are random."""
+  enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+  factors = rng.uniform(1 - strength, 1 + strength, size=len(enhancers))
+  for i in rng.permutation(len(enhancers)):
+    image = enhancers[i](image).enhance(factors[i])
+  return image
+
+
+def _decode(image: Image.Image, box: Box, size: int) -> tuple[Image.Image, Box]:
+  """Loads pixels at the smallest DCT scale (JPEG only) that leaves the crop at least `size` pixels wide and high.
+
+  Returns:
+    The image in a mode that can be resampled, and the box in its pixels.
+  """
+  width, height = image.size
+  # Pillow takes the largest DCT scale s (1, 2, 4 or 8) with full // wanted >= s on both axes.
+  shrink = max(1.0, min((box[2] - box[0]) / size, (box[3] - box[1]) / size))
+  drafted = image.draft("RGB", (math.ceil(width / shrink), math.ceil(height / shrink)))
+  if drafted is not None:
+    scale = drafted[1][2] / width
+    box = (box[0] * scale, box[1] * scale, box[2] * scale, box[3] * scale)
+  image.load()
+  return _to_8_bit_color(image), box
+
+
+def _to_8_bit_color(image: Image.Image) -> Image.Image:
+  if image.mode in ("RGB", "L"):
+    return image
+  if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips at 255
+    return Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+  if image.mode == "P":  # straight to RGB warns about transparency
+    image = image.convert("RGBA")
+  return image.convert("RGB")
+
+
+def _resize(image: Image.Image, box: Box, size: int) -> np.ndarray:
+  resized = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=_REDUCING_GAP)
+  return np.asarray(resized.convert("RGB"))

@@ -1,0 +1,140 @@
+"""CLIP's vision transformer, as OpenAI released it; only ever a frozen teacher here.
+
+Source: Radford et al. 2021, https://github.com/openai/CLIP (architecture). Pre-LN
+blocks, QuickGELU, LayerNorm eps 1e-5, a LayerNorm before the blocks, no bias on
+the patch embedding, a linear projection after the last LayerNorm.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dtm_jax.models.attention import dot_product_attention
+from dtm_jax.models.layers import Dense, LayerNorm, PatchEmbed
+
+_EPSILON = 1e-5
+_MLP_RATIO = 4
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+  """x * sigmoid(1.702 x), the GELU approximation that CLIP was trained with."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+def resize_positions(positions: jax.Array, stored: tuple[int, int], wanted: tuple[int, int]) -> jax.Array:
+  """Interpolates a grid of position embeddings, bicubic as in PyTorch.
+
+  Args:
+    positions: [h * w, D] for the `stored` grid (down, across), row-major.
+    stored: The grid that they were trained on.
+    wanted: The grid (down, across) of the images.
+
+  Returns:
+    [H * W, D] for the `wanted` grid.
+  """
+  if stored == wanted:
+    return positions
+  width = positions.shape[-1]
+  # torch.nn.functional.interpolate(mode="bicubic", align_corners=False).
+  resized = jax.image.resize(positions.reshape(*stored, width), (*wanted, width), "cubic-pytorch", antialias=False)
+  return resized.reshape(-1, width)
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention, biases on all four products. [B, T, D] -> [B, T, D]."""
+
+  heads: int
+  dtype: jnp.dtype
+  implementation: str
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    width = x.shape[-1]
+    query, key, value = (
+      Dense(width, dtype=self.dtype, name=name)(x).reshape(*x.shape[:-1], self.heads, -1) for name in "qkv"
+    )
+    attended = dot_product_attention(query, key, value, None, self.implementation)
+    return Dense(width, dtype=self.dtype, name="proj")(attended.reshape(x.shape))
+
+
+class Mlp(nn.Module):
+  """Two layers with QuickGELU between. [B, T, D] -> [B, T, D]."""
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    width = x.shape[-1]
+    hidden = quick_gelu(Dense(_MLP_RATIO * width, dtype=self.dtype, name="fc1")(x))
+    return Dense(width, dtype=self.dtype, name="fc2")(hidden)
+
+
+class Block(nn.Module):
+  """Pre-LN transformer block; the residual stream stays float32."""
+
+  heads: int
+  dtype: jnp.dtype
+  attention: str
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    attention = Attention(self.heads, self.dtype, self.attention, name="attn")
+    x = x + attention(LayerNorm(_EPSILON, self.dtype, name="norm1")(x))
+    return x + Mlp(self.dtype, name="mlp")(LayerNorm(_EPSILON, self.dtype, name="norm2")(x))
+
+
+class ClipVision(nn.Module):
+  """The vision tower.
+
+  Attributes:
+    patch_size: Pixels.
+    width: D.
+    depth: Blocks.
+    heads: H.
+    grid: Patches (down, across) that position embeddings are stored for.
+    out_dim: K, the width of the space shared with text.
+    dtype: Of matrix products; softmax and LayerNorm statistics are float32.
+    attention: Implementation, see `models.attention`.
+  """
+
+  patch_size: int
+  width: int
+  depth: int
+  heads: int
+  grid: tuple[int, int]
+  out_dim: int
+  dtype: jnp.dtype = jnp.float32
+  attention: str = "matmul"
+
+  @nn.compact
+  def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Embeds images of any size that is a multiple of the patch size.
+
+    Args:
+      images: float32 [B, height, width, 3], already normalised.
+
+    Returns:
+      tokens: float32 [B, N, K], one per patch, row-major: after the last
+        LayerNorm, times the projection (CLIP itself projects the class token only).
+      pooled: float32 [B, K], the projected class token: CLIP's image embedding.
+    """
+    x = LayerNorm(_EPSILON, name="ln_pre")(self._embed(images))
+    for i in range(self.depth):
+      x = Block(self.heads, self.dtype, self.attention, name=f"block_{i}")(x)
+    x = LayerNorm(_EPSILON, self.dtype, name="ln_post")(x)
+    projection = self.param("proj", nn.initializers.normal(self.width**-0.5), (self.width, self.out_dim))
+    projected = (x @ projection.astype(self.dtype)).astype(jnp.float32)
+    return projected[:, 1:], projected[:, 0]
+
+  def _embed(self, images: jax.Array) -> jax.Array:
+    """Class token, then patches, with their positions: float32 [B, 1 + N, D]."""
+    init = nn.initializers.normal(self.width**-0.5)
+    patches = PatchEmbed(self.width, self.patch_size, use_bias=False, dtype=self.dtype, name="patch_embed")(images)
+    class_embedding = self.param("class_embedding", init, (self.width,))
+    positions = self.param("pos_embed", init, (1 + math.prod(self.grid), self.width))
+    grid = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
+    tokens = patches.astype(jnp.float32) + resize_positions(positions[1:], self.grid, grid)
+    first = jnp.broadcast_to(class_embedding + positions[0], (len(images), 1, self.width))
+    return jnp.concatenate([first, tokens], axis=1)

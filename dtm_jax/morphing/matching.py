@@ -1,0 +1,135 @@
+"""Iterated bipartite matching of one image's tokens into groups, at fixed shapes.
+
+`merges` and `iterations` are traced and the arrays never shrink, so one
+compilation serves every schedule, and `vmap` serves images and draws. Groups
+sit in positions 0..active-1 of arrays with room for N; what lies beyond is
+stale and masked out.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Scores decide who merges, so they must not be rounded to TF32 or bfloat16.
+_PRECISION = jax.lax.Precision.HIGHEST
+
+
+class _Groups(NamedTuple):
+  """A partition in progress.
+
+  A group's features and size live in the row of one of its tokens (its home)
+  and are updated in place; only `home`, the order of the groups, is rebuilt.
+  """
+
+  sums: jax.Array  # float32 [N, D], features summed over members, by home row
+  home: jax.Array  # int32 [N], row of the group at each position
+  position: jax.Array  # int32 [N], position of each token's group
+  active: jax.Array  # int32 [], number of groups
+
+
+def group_tokens(
+  tokens: jax.Array,
+  merges: jax.typing.ArrayLike,
+  iterations: jax.typing.ArrayLike,
+  *,
+  protect_first: bool = True,
+  split: str = "alternate",
+  key: jax.Array | None = None,
+) -> jax.Array:
+  """Groups similar tokens of one image (Bolya et al. 2023's matching, iterated as in DTM).
+
+  Every round splits the groups into sets A and B, gives each of A its most
+  similar partner in B (cosine of the group means), and merges the `merges`
+  closest pairs. Groups of A that stay come first in the next round's order,
+  then all of B.
+
+  Args:
+    tokens: [N, D], one image's target tokens; computed in float32. To be `vmap`ped.
+    merges: int32 [], merges per round, may be traced; capped at (groups - 1) // 2.
+    iterations: int32 [], number of rounds, may be traced.
+    protect_first: token 0 never merges (the released code protects a class
+      token that is not there). False raises the cap to groups // 2.
+    split: "alternate" puts even positions in A and odd ones in B (the released
+      code); "random" shuffles the order first (the paper's text), from `key`.
+    key: PRNG key, for split="random".
+
+  Returns:
+    int32 [N]: each token's group, named by the smallest token index in it.
+
+  Raises:
+    ValueError: an unknown split, or a random one without a key.
+  """
+  if split not in ("alternate", "random"):
+    raise ValueError(f"split={split!r} is neither 'alternate' nor 'random'")
+  if (split == "random") != (key is not None):
+    raise ValueError("split='random' goes with a key, and only it does")
+  num_tokens = tokens.shape[0]
+  index = jnp.arange(num_tokens, dtype=jnp.int32)
+  groups = _Groups(jax.lax.stop_gradient(tokens).astype(jnp.float32), index, index, jnp.int32(num_tokens))
+
+  def round_(i, groups):
+    if key is not None:
+      groups = _shuffle(groups, jax.random.fold_in(key, i), protect_first)
+    return _merge_closest(groups, jnp.asarray(merges, jnp.int32), protect_first)
+
+  groups = jax.lax.fori_loop(0, iterations, round_, groups)
+  smallest = jax.ops.segment_min(index, groups.position, num_tokens)
+  return smallest[groups.position]
+
+
+def _merge_closest(groups: _Groups, merges: jax.Array, protect_first: bool) -> _Groups:
+  """One round: match A to B, merge the closest pairs, rebuild the order."""
+  num_tokens = groups.sums.shape[0]
+  index = jnp.arange(num_tokens, dtype=jnp.int32)
+  in_a, in_b = index[0::2], index[1::2]
+  if not in_b.size:
+    return groups
+  similarity, partner = _best_partners(groups, in_a < groups.active, in_b < groups.active)
+  if protect_first:
+    similarity = similarity.at[0].set(-jnp.inf)
+  merges = jnp.minimum(merges, (groups.active - protect_first) // 2)
+  merged = _rank_descending(similarity) < merges
+
+  home_a, home_b = groups.home[0::2], groups.home[1::2]
+  # Rows of A that stay add zero, to wherever.
+  sums = groups.sums.at[home_b[partner]].add(jnp.where(merged[:, None], groups.sums[home_a], 0))
+
+  stays = (in_a < groups.active) & ~merged
+  num_stays = jnp.sum(stays, dtype=jnp.int32)
+  moved_b = num_stays + jnp.arange(in_b.size, dtype=jnp.int32)
+  moved_a = jnp.where(merged, moved_b[partner], jnp.cumsum(stays, dtype=jnp.int32) - 1)
+  moved = jnp.stack([moved_a, jnp.pad(moved_b, (0, in_a.size - in_b.size))], axis=1).reshape(-1)[:num_tokens]
+  dropped = num_tokens
+  home = groups.home.at[jnp.where(stays, moved_a, dropped)].set(home_a, mode="drop")
+  home = home.at[moved_b].set(home_b, mode="drop")
+  return _Groups(sums, home, moved[groups.position], groups.active - merges)
+
+
+def _best_partners(groups: _Groups, is_active_a: jax.Array, is_active_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Cosine to, and index in B of, the most similar partner of each of A; -inf for what is not a group."""
+  # The mean and the sum of a group point the same way, so sums serve.
+  norm = jnp.sqrt(jnp.sum(jnp.square(groups.sums), axis=-1, keepdims=True))
+  unit = groups.sums / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)  # a zero group is like no other
+  a, b = unit[groups.home[0::2]], unit[groups.home[1::2]]
+  scores = jnp.where(is_active_b, jnp.matmul(a, b.T, precision=_PRECISION), -jnp.inf)
+  return jnp.where(is_active_a, scores.max(axis=-1), -jnp.inf), scores.argmax(axis=-1).astype(jnp.int32)
+
+
+def _rank_descending(values: jax.Array) -> jax.Array:
+  """Rank of each value, 0 the largest, ties by index: all pairs compared, which is faster here than a sort."""
+  index = jnp.arange(values.size)
+  ahead = (values[None, :] > values[:, None]) | ((values[None, :] == values[:, None]) & (index[None, :] < index[:, None]))
+  return jnp.sum(ahead, axis=-1, dtype=jnp.int32)
+
+
+def _shuffle(groups: _Groups, key: jax.Array, protect_first: bool) -> _Groups:
+  """Puts the groups in random order, except that a protected token 0 stays first."""
+  num_tokens = groups.home.size
+  priority = jax.random.uniform(key, (num_tokens,))
+  priority = jnp.where(jnp.arange(num_tokens) < groups.active, priority, 2.0)
+  if protect_first:
+    priority = priority.at[0].set(-1.0)
+  order = jnp.argsort(priority)
+  moved = jnp.zeros_like(groups.home).at[order].set(jnp.arange(num_tokens, dtype=jnp.int32))
+  return groups._replace(home=groups.home[order], position=moved[groups.position])

@@ -1,0 +1,284 @@
+"""Student and CLIP vision tower in plain PyTorch, for `torch_reference`.
+
+Parameter names are those of the public checkpoints: BEiT's for the student, OpenAI's for the CLIP tower. There is no
+stochastic depth, because a comparison needs steps that repeat.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+_STUDENT_EPS = 1e-6
+_CLIP_EPS = 1e-5
+_CLIP_HEAD_WIDTH = 64  # every CLIP ViT: heads = width / 64
+_MLP_RATIO = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """Width, depth and heads of a student, and where its layer scale starts."""
+
+  width: int
+  depth: int
+  heads: int
+  layer_scale: float = 0.1
+
+
+SIZES = {
+  "tiny": Size(48, 3, 3),
+  "S": Size(384, 12, 6),
+  "B": Size(768, 12, 12),
+  "L": Size(1024, 24, 16, layer_scale=1e-5),
+}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, sdpa: bool) -> Tensor:
+  """Multi-head attention of [B, H, N, d] tensors; `bias` [H, N, N] is added to the scaled logits."""
+  if sdpa:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.unsqueeze(0))
+  logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+  if bias is not None:
+    logits = logits + bias
+  return logits.softmax(dim=-1) @ v
+
+
+def _attend(qkv: Tensor, heads: int, bias: Tensor | None, *, sdpa: bool) -> Tensor:
+  """Stacked projections [B, N, 3 D] -> attended values [B, N, D]."""
+  batch, tokens, _ = qkv.shape
+  q, k, v = qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+  return attention(q, k, v, bias, sdpa=sdpa).transpose(1, 2).reshape(batch, tokens, -1)
+
+
+# ------------------------------------------------------------ student
+
+
+def relative_position_index(grid: tuple[int, int]) -> Tensor:
+  """Row of the bias table for each (query, key), int64 [1 + N, 1 + N]; the class token is position 0."""
+  height, width = grid
+  row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+  row, column = row.flatten(), column.flatten()
+  down = row[:, None] - row[None, :] + height - 1
+  across = column[:, None] - column[None, :] + width - 1
+  num_offsets = (2 * height - 1) * (2 * width - 1)
+  index = torch.empty(1 + height * width, 1 + height * width, dtype=torch.int64)
+  index[1:, 1:] = down * (2 * width - 1) + across
+  index[0, :] = num_offsets  # class to token
+  index[:, 0] = num_offsets + 1  # token to class
+  index[0, 0] = num_offsets + 2
+  return index
+
+
+class RelativePositionBias(nn.Module):
+  """One table of relative position biases."""
+
+  def __init__(self, grid: tuple[int, int], heads: int):
+    super().__init__()
+    height, width = grid
+    num_rows = (2 * height - 1) * (2 * width - 1) + 3
+    self.relative_position_bias_table = nn.Parameter(torch.zeros(num_rows, heads))
+    self.register_buffer("relative_position_index", relative_position_index(grid))
+
+  def bias(self) -> Tensor:
+    """[H, 1 + N, 1 + N]."""
+    return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+
+
+class StudentAttention(RelativePositionBias):
+  """Self-attention that owns a bias table (a base class, because the checkpoints keep both under one name)."""
+
+  def __init__(self, grid: tuple[int, int], width: int, heads: int, *, sdpa: bool):
+    super().__init__(grid, heads)
+    self.heads, self.sdpa = heads, sdpa
+    self.qkv = nn.Linear(width, 3 * width, bias=False)
+    self.q_bias = nn.Parameter(torch.zeros(width))
+    self.v_bias = nn.Parameter(torch.zeros(width))
+    self.proj = nn.Linear(width, width)
+
+  def forward(self, x: Tensor, shared_bias: Tensor) -> Tensor:
+    qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+    qkv = F.linear(x, self.qkv.weight, qkv_bias)
+    return self.proj(_attend(qkv, self.heads, self.bias() + shared_bias, sdpa=self.sdpa))
+
+
+class Mlp(nn.Module):
+  def __init__(self, width: int):
+    super().__init__()
+    self.fc1 = nn.Linear(width, _MLP_RATIO * width)
+    self.fc2 = nn.Linear(_MLP_RATIO * width, width)
+
+  def forward(self, x: Tensor) -> Tensor:
+    return self.fc2(F.gelu(self.fc1(x)))
+
+
+class StudentBlock(nn.Module):
+  def __init__(self, grid: tuple[int, int], size: Size, *, sdpa: bool):
+    super().__init__()
+    self.norm1 = nn.LayerNorm(size.width, eps=_STUDENT_EPS)
+    self.attn = StudentAttention(grid, size.width, size.heads, sdpa=sdpa)
+    self.gamma_1 = nn.Parameter(torch.full((size.width,), size.layer_scale))
+    self.norm2 = nn.LayerNorm(size.width, eps=_STUDENT_EPS)
+    self.mlp = Mlp(size.width)
+    self.gamma_2 = nn.Parameter(torch.full((size.width,), size.layer_scale))
+
+  def forward(self, x: Tensor, shared_bias: Tensor) -> Tensor:
+    x = x + self.gamma_1 * self.attn(self.norm1(x), shared_bias)
+    return x + self.gamma_2 * self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+  def __init__(self, patch_size: int, width: int):
+    super().__init__()
+    self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+
+  def forward(self, images: Tensor) -> Tensor:
+    return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Student(nn.Module):
+  """BEiT-style ViT that predicts one vector per patch.
+
+  Args:
+    size: width, depth, heads and layer scale.
+    grid: patches (down, across).
+    patch_size: pixels.
+    out_dim: width K of the predicted tokens.
+    sdpa: `F.scaled_dot_product_attention` instead of matmul, softmax, matmul.
+  """
+
+  def __init__(self, size: Size, grid: tuple[int, int], patch_size: int, out_dim: int, *, sdpa: bool = False):
+    super().__init__()
+    self.cls_token = nn.Parameter(torch.zeros(1, 1, size.width))
+    self.mask_token = nn.Parameter(torch.zeros(1, 1, size.width))
+    self.patch_embed = PatchEmbed(patch_size, size.width)
+    self.rel_pos_bias = RelativePositionBias(grid, size.heads)
+    self.blocks = nn.ModuleList(StudentBlock(grid, size, sdpa=sdpa) for _ in range(size.depth))
+    self.norm = nn.LayerNorm(size.width, eps=_STUDENT_EPS)
+    self.lm_head = nn.Linear(size.width, out_dim)
+    self._initialize()
+
+  @torch.no_grad()
+  def _initialize(self, std: float = 0.02) -> None:
+    for module in self.modules():
+      if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.trunc_normal_(module.weight, std=std, a=-std, b=std)
+        if module.bias is not None:
+          nn.init.zeros_(module.bias)
+    for token in (self.cls_token, self.mask_token):
+      nn.init.trunc_normal_(token, std=std, a=-std, b=std)
+    for i, block in enumerate(self.blocks, start=1):
+      block.attn.proj.weight.div_(math.sqrt(2 * i))
+      block.mlp.fc2.weight.div_(math.sqrt(2 * i))
+
+  def features(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Class and patch tokens after the final norm, [B, 1 + N, D]; see `forward` for the arguments."""
+    x = self.patch_embed(images)
+    if mask is not None:
+      x = torch.where(mask.unsqueeze(-1), self.mask_token, x)
+    x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+    shared_bias = self.rel_pos_bias.bias()
+    for block in self.blocks:
+      x = block(x, shared_bias)
+    return self.norm(x)
+
+  def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Normalised images [B, 3, height, width] and masks bool [B, N] (True = masked) -> tokens [B, N, K]."""
+    return self.lm_head(self.features(images, mask)[:, 1:])
+
+
+# ------------------------------------------------------------ CLIP vision tower
+
+
+class ClipAttention(nn.Module):
+  """Self-attention with the parameter names of `nn.MultiheadAttention`."""
+
+  def __init__(self, width: int, *, sdpa: bool):
+    super().__init__()
+    self.heads, self.sdpa = width // _CLIP_HEAD_WIDTH, sdpa
+    self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+    self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+    self.out_proj = nn.Linear(width, width)
+    nn.init.xavier_uniform_(self.in_proj_weight)
+
+  def forward(self, x: Tensor) -> Tensor:
+    qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+    return self.out_proj(_attend(qkv, self.heads, None, sdpa=self.sdpa))
+
+
+class ClipMlp(nn.Module):
+  def __init__(self, width: int):
+    super().__init__()
+    self.c_fc = nn.Linear(width, _MLP_RATIO * width)
+    self.c_proj = nn.Linear(_MLP_RATIO * width, width)
+
+  def forward(self, x: Tensor) -> Tensor:
+    x = self.c_fc(x)
+    return self.c_proj(x * torch.sigmoid(1.702 * x))  # QuickGELU
+
+
+class ClipBlock(nn.Module):
+  def __init__(self, width: int, *, sdpa: bool):
+    super().__init__()
+    self.ln_1 = nn.LayerNorm(width, eps=_CLIP_EPS)
+    self.attn = ClipAttention(width, sdpa=sdpa)
+    self.ln_2 = nn.LayerNorm(width, eps=_CLIP_EPS)
+    self.mlp = ClipMlp(width)
+
+  def forward(self, x: Tensor) -> Tensor:
+    x = x + self.attn(self.ln_1(x))
+    return x + self.mlp(self.ln_2(x))
+
+
+class ClipTransformer(nn.Module):
+  def __init__(self, width: int, depth: int, *, sdpa: bool):
+    super().__init__()
+    self.resblocks = nn.ModuleList(ClipBlock(width, sdpa=sdpa) for _ in range(depth))
+
+  def forward(self, x: Tensor) -> Tensor:
+    for block in self.resblocks:
+      x = block(x)
+    return x
+
+
+class ClipVision(nn.Module):
+  """CLIP's ViT image encoder, OpenAI's names without `visual.`."""
+
+  def __init__(
+    self, grid: tuple[int, int], patch_size: int, width: int, depth: int, out_dim: int, *, sdpa: bool = False
+  ):
+    super().__init__()
+    scale = width**-0.5
+    self.class_embedding = nn.Parameter(scale * torch.randn(width))
+    self.positional_embedding = nn.Parameter(scale * torch.randn(1 + math.prod(grid), width))
+    self.proj = nn.Parameter(scale * torch.randn(width, out_dim))
+    self.conv1 = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
+    self.ln_pre = nn.LayerNorm(width, eps=_CLIP_EPS)
+    self.transformer = ClipTransformer(width, depth, sdpa=sdpa)
+    self.ln_post = nn.LayerNorm(width, eps=_CLIP_EPS)
+
+  def features(self, images: Tensor) -> Tensor:
+    """Class and patch tokens after `ln_post`, [B, 1 + N, D]."""
+    x = self.conv1(images).flatten(2).transpose(1, 2)
+    x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)
+    x = self.ln_pre(x + self.positional_embedding)
+    return self.ln_post(self.transformer(x))
+
+  def forward(self, images: Tensor) -> Tensor:
+    """Images [B, 3, height, width] -> projected patch tokens [B, N, K], the class token dropped."""
+    return self.features(images)[:, 1:] @ self.proj
+
+
+def load_clip(state: Mapping[str, Tensor], *, sdpa: bool = False) -> ClipVision:
+  """Square-grid tower from a state dict in OpenAI's names, with or without the `visual.` prefix."""
+  prefix = "visual."
+  if any(name.startswith(prefix) for name in state):  # the text tower, where there is one, is left out
+    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+  width, _, patch_size, _ = state["conv1.weight"].shape
+  side = math.isqrt(len(state["positional_embedding"]) - 1)
+  depth = sum(name.endswith("ln_1.weight") for name in state)
+  tower = ClipVision((side, side), patch_size, width, depth, state["proj"].shape[1], sdpa=sdpa)
+  tower.load_state_dict(state)
+  return tower

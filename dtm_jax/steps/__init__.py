@@ -1,0 +1,1 @@
+"""Factories of pure train steps. No iteration, no logging, no I/O."""

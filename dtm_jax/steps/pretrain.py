@@ -1,0 +1,143 @@
+"""One step of DTM pre-training: augment, teach, predict, morph, compare, update."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dtm_jax.augment import color_jitter, normalize, to_unit
+from dtm_jax.axes import Stream
+from dtm_jax.config import Config
+from dtm_jax.losses import dtm_loss, normalize_tokens, token_loss
+from dtm_jax.models.vit import ViT
+from dtm_jax.morphing import sample_schedule
+from dtm_jax.teachers import Teacher
+from dtm_jax.train_state import TrainState, apply_gradients, image_keys, stream_key
+
+Rows = dict[str, jax.Array]  # arrays whose leading axis is the (micro-)batch
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Any, Rows], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+  config: Config, student: ViT, teacher: Teacher, optimizer: optax.GradientTransformation, schedule: Callable
+) -> TrainStep:
+  """Builds the pure function of one optimiser step.
+
+  Args:
+    config: of the run; its seed and the state's step give every random number.
+    student: predicts [B, N, D].
+    teacher: gives the targets [B, N, D]; its parameters are an argument of the step.
+    optimizer: changes the student's parameters.
+    schedule: learning rate of a step, for the metrics.
+
+  Returns:
+    `(state, teacher_params, batch) -> (state, metrics)`, to be jitted. `batch`
+    is the global batch: `image` uint8 [B, S, S, 3] and `mask` bool [B, N].
+    Metrics are float32 scalars: `loss`, `grad_norm` (before clipping), `lr`,
+    and the means of the drawn `merges` and `iterations`.
+  """
+  loss = make_loss(config, student, teacher)
+
+  def train_step(state, teacher_params, batch):
+    merges, iterations = draw_schedules(config, state.step)
+    rows = batch | _row_keys(config, state.step)
+    shared = {}
+    (rows if merges.ndim == 2 else shared).update(merges=merges, iterations=iterations)
+
+    def loss_and_grads(rows):
+      return jax.value_and_grad(loss)(state.params, teacher_params, rows | shared)
+
+    value, grads = accumulate(loss_and_grads, rows, config.optim.accumulate_steps)
+    lr = schedule(state.step)
+    state, grad_norm = apply_gradients(state, value, grads, optimizer)
+    metrics = {"loss": value, "grad_norm": grad_norm, "lr": lr}
+    return state, metrics | {"merges": merges.mean(), "iterations": iterations.mean()}
+
+  return train_step
+
+
+def make_loss(config: Config, student: ViT, teacher: Teacher) -> Callable[[Any, Any, Rows], jax.Array]:
+  """`(params, teacher_params, rows) -> loss` of one (micro-)batch; rows as `train_step` collects them."""
+  data, morphing = config.data, config.morphing
+
+  def loss(params, teacher_params, rows):
+    images = to_unit(rows["image"])
+    if "jitter_keys" in rows:
+      images = color_jitter(rows["jitter_keys"], images, data.color_jitter)
+    target = jax.lax.stop_gradient(teacher.apply(teacher_params, images))
+    normal = normalize(images, data.mean, data.std)
+    online = student.apply({"params": params}, normal, rows["mask"], rows.get("drop_path_keys"))
+    counted = rows["mask"] if morphing.loss_on == "masked" else None
+    if not morphing.enabled:
+      if config.teacher.normalize_targets:
+        target = normalize_tokens(target)
+      return token_loss(online, target, distance=morphing.distance, mask=counted)
+    return dtm_loss(
+      online,
+      target,
+      rows["merges"],
+      rows["iterations"],
+      distance=morphing.distance,
+      mask=counted,
+      protect_first=morphing.protect_first,
+      split=morphing.split,
+      image_keys=rows.get("split_keys"),
+      normalize_targets=config.teacher.normalize_targets,
+    )
+
+  return loss
+
+
+def draw_schedules(config: Config, step: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+  """Merges and iterations of one step: [L] where the batch shares them, else [B, L]."""
+  morphing, batch_size = config.morphing, config.data.batch_size
+  key = stream_key(config.run.seed, Stream.SCHEDULE, step)
+
+  def sample(key):
+    return sample_schedule(
+      key,
+      draws=morphing.draws,
+      budget=config.morphing_budget,
+      max_iterations=morphing.max_iterations,
+      fixed_num_merged=morphing.fixed_num_merged,
+      fixed_iterations=morphing.fixed_iterations,
+    )
+
+  if morphing.granularity == "batch":
+    return sample(key)
+  group_size = morphing.group_size or 1
+  schedules = jax.vmap(sample)(image_keys(key, batch_size // group_size))
+  return jax.tree.map(lambda x: jnp.repeat(x, group_size, axis=0), schedules)
+
+
+def _row_keys(config: Config, step: jax.Array) -> Rows:
+  """The keys [B] that this config's step uses up, one for each image."""
+  wanted = {
+    "jitter_keys": (Stream.COLOR_JITTER, config.data.color_jitter and config.data.color_jitter_on == "device"),
+    "drop_path_keys": (Stream.DROP_PATH, config.model.drop_path),
+    "split_keys": (Stream.SPLIT, config.morphing.enabled and config.morphing.split == "random"),
+  }
+  return {
+    name: image_keys(stream_key(config.run.seed, stream, step), config.data.batch_size)
+    for name, (stream, is_wanted) in wanted.items()
+    if is_wanted
+  }
+
+
+def accumulate(loss_and_grads: Callable[[Rows], Any], rows: Rows, num_micro_batches: int) -> Any:
+  """Means of `loss_and_grads` over equal micro-batches, one at a time: equals one call on all rows."""
+  if num_micro_batches == 1:
+    return loss_and_grads(rows)
+  # Micro-batch j takes rows j, j + k, ...: each device keeps its own rows.
+  micro_batches = jax.tree.map(lambda x: x.reshape(-1, num_micro_batches, *x.shape[1:]).swapaxes(0, 1), rows)
+
+  def add(total, rows):
+    return jax.tree.map(jnp.add, total, loss_and_grads(rows)), None
+
+  first = jax.tree.map(lambda x: x[0], micro_batches)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(loss_and_grads, first))
+  total, _ = jax.lax.scan(add, zeros, micro_batches)
+  return jax.tree.map(lambda x: x / num_micro_batches, total)
