@@ -7,9 +7,11 @@ dataclasses, which is all that the rest of the library ever sees.
 """
 
 import dataclasses
+import json
 import math
 import types
 import typing
+from typing import Any
 
 from ml_collections import config_dict
 
@@ -365,3 +367,56 @@ def _resolve_value(value: object, annotation: object, path: str):
     return float(value)
   _require(type(value) is annotation, f"{path}={value!r} must be of type {annotation.__name__}, not {type(value).__name__}")
   return value
+
+
+def to_json(config: Config) -> dict[str, Any]:
+  """The settings as plain lists and dicts, one entry per section."""
+  return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(record: dict[str, Any]) -> Config:
+  """`to_json`'s inverse; entries that are not sections are left out."""
+  sections = {field.name: record[field.name] for field in dataclasses.fields(Config) if field.name in record}
+  return resolve(config_dict.ConfigDict(sections))
+
+
+# What a resumed run may change: it says how fast, how long, where and how closely watched, not what is computed.
+_FREE_SETTINGS = (
+  *("run.steps", "run.epochs", "run.log_every_steps", "run.checkpoint_every_steps", "run.keep_checkpoints"),
+  *("run.on_nonfinite", "data.path", "data.num_workers", "data.max_bad_fraction", "teacher.weights"),
+  *("model.attention", "model.scan_layers", "model.remat", "mesh.", "eval."),
+)
+
+
+def settings_that_differ(config: Config, other: Config) -> list[str]:
+  """Names of the settings that make `other` another run than `config`."""
+  pairs = zip(_flatten(to_json(config)), _flatten(to_json(other)), strict=True)
+  return [f"config.{name}" for (name, old), (_, new) in pairs if old != new and not name.startswith(_FREE_SETTINGS)]
+
+
+def _flatten(sections: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+  items = []
+  for name, value in sections.items():
+    items += _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+  return items
+
+
+def smoke(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+  """The miniature of a run, to see that it starts and ends: two CPU steps of a tiny student on synthetic images."""
+  config.run.steps = 2
+  config.run.log_every_steps = 1
+  config.data.source = "synthetic"
+  config.data.batch_size = 8
+  config.data.num_workers = 0
+  config.data.image_size = 4 * config.model.patch_size
+  config.data.num_masked = 6
+  config.data.mask_min_block = 2
+  config.model.variant = "tiny"
+  config.model.dtype = "float32"
+  config.teacher.kind = "hog"
+  config.teacher.weights = ""
+  config.eval.batch_size = 32
+  config.eval.max_train_images = 64
+  config.eval.max_test_images = 32
+  config.eval.figure_images = 2
+  return config

@@ -1,4 +1,4 @@
-"""The CLIP tower against recorded outputs and against transformers' own. Measured errors stand beside the tolerances."""
+"""The CLIP tower against recorded outputs and transformers. Measured errors stand beside the tolerances."""
 
 import pathlib
 

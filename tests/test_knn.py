@@ -52,9 +52,9 @@ def test_chunks_do_not_change_the_predictions(monkeypatch):
   np.testing.assert_array_equal(knn._predict(train, train_labels, test, 0.07, **settings), whole)
 
 
-def test_a_zero_feature_is_nobodys_neighbour():
+def test_a_zero_feature_does_not_spoil_the_vote():
   train, test = np.array([[0, 0], [1, 0]], np.float32), np.array([[1, 0]], np.float32)
-  accuracy = knn.knn_accuracy(train, np.array([1, 0]), test, np.array([0]), k=1, temperature=0.07, num_classes=2)
+  accuracy = knn.knn_accuracy(train, np.array([0, 1]), test, np.array([1]), k=2, temperature=0.07, num_classes=2)
   assert accuracy == 1.0
 
 

@@ -60,7 +60,9 @@ def refusal(path: pathlib.Path) -> str:
   return message
 
 
-@pytest.mark.parametrize("name", "float32 float16 bfloat16 float64 int64 int32 int16 int8 uint8 bool".split())
+@pytest.mark.parametrize(
+  "name", ["float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"]
+)
 def test_every_dtype_comes_back_bit_for_bit(path, name):
   torch.manual_seed(0)
   saved = (torch.randn(3, 5) * 3).to(getattr(torch, name))
@@ -143,12 +145,11 @@ def test_torchscript_modules_become_their_attributes(path):
 @pytest.mark.parametrize(
   ("victim", "name"),
   [
-    (os.system, "posix.system"),
-    (eval, "builtins.eval"),
-    (getattr, "builtins.getattr"),
-    (torch.load, "torch.serialization.load"),
-    (np.fromfile, "numpy.fromfile"),
-    (collections.OrderedDict.fromkeys, "builtins.getattr"),
+    (os.system, r"(posix|nt)\.system"),
+    (eval, r"(builtins|__builtin__)\.eval"),
+    (getattr, r"(builtins|__builtin__)\.getattr"),
+    (torch.load, r"torch\.serialization\.load"),
+    (np.fromfile, r"numpy(\.[\w.]+)?\.fromfile"),
   ],
 )
 @pytest.mark.parametrize("protocol", [0, 2, 4])
@@ -160,7 +161,7 @@ def test_hostile_pickle_is_refused_by_name_and_does_nothing(path, tmp_path, vict
       return victim, (f"touch {mark}",)
 
   write_archive(path, pickle.dumps({"model": Hostile()}, protocol))
-  assert f"asks for {name}" in refusal(path)
+  assert re.search(f"asks for {name},", refusal(path))
   assert not mark.exists()
 
 

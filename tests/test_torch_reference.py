@@ -7,16 +7,18 @@ import pytest
 import torch
 
 from dtm_jax.errors import InputError
+from dtm_jax.models.variants import VARIANTS, Variant
 from dtm_jax.numerics import torch_models, torch_reference
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+RECORDED_SIZE = Variant(width=48, depth=3, heads=3, layer_scale=0.1)
 RECORDED_DISTANCES = {"smoothl1": "smooth_l1", "l1": "l1", "l2": "l2", "negcosine": "negative_cosine"}
 
 both_attentions = pytest.mark.parametrize("sdpa", [False, True])
 
 
 def load_student(*, sdpa: bool) -> torch_models.Student:
-  student = torch_models.Student(torch_models.SIZES["tiny"], grid=(8, 8), patch_size=8, out_dim=32, sdpa=sdpa)
+  student = torch_models.Student(RECORDED_SIZE, grid=(8, 8), patch_size=8, out_dim=32, sdpa=sdpa)
   student.load_state_dict(torch.load(GOLDEN / "student_tiny.pth", weights_only=True)["model"])
   return student
 
@@ -181,13 +183,13 @@ def test_bias_index_equals_transformers_on_a_rectangle():
 
 def test_base_student_has_the_published_number_of_parameters():
   with torch.device("meta"):
-    student = torch_models.Student(torch_models.SIZES["B"], grid=(14, 14), patch_size=16, out_dim=512)
+    student = torch_models.Student(VARIANTS["B"], grid=(14, 14), patch_size=16, out_dim=512)
   assert round(sum(p.numel() for p in student.parameters()) / 1e6, 2) == 86.17
 
 
 def test_new_student_starts_as_the_method_says():
   torch.manual_seed(0)
-  student = torch_models.Student(torch_models.SIZES["tiny"], grid=(8, 8), patch_size=8, out_dim=32)
+  student = torch_models.Student(RECORDED_SIZE, grid=(8, 8), patch_size=8, out_dim=32)
   assert student.lm_head.weight.abs().max() <= 0.02
   # A normal of std s cut at +-s has standard deviation 0.54 s (scipy.stats.truncnorm(-1, 1).std() is 0.5396).
   assert student.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.5396 * 0.02, rel=0.02)

@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-from dtm_jax.convert.clip import convert_hugging_face, convert_openai
+from dtm_jax.convert.clip import check_hugging_face_config, convert_hugging_face, convert_openai
 from dtm_jax.convert.state_dict import StateDict, read_state_dict, weights_file
 from dtm_jax.convert.student import convert_student
 from dtm_jax.errors import InputError
@@ -33,7 +33,9 @@ def load_torch(path: str | os.PathLike) -> tuple[str, dict, dict]:
   tensors = read_state_dict(file)
   weights = StateDict(tensors, file)
   if "vision_model.embeddings.patch_embedding.weight" in tensors:
-    return "clip_vision", *convert_hugging_face(weights)
+    model, params = convert_hugging_face(weights)
+    check_hugging_face_config(file.with_name("config.json"), model)
+    return "clip_vision", model, params
   for prefix in ("visual.", ""):
     if prefix + "conv1.weight" in tensors:
       return "clip_vision", *convert_openai(weights, prefix)

@@ -1,6 +1,8 @@
 """CLIP vision towers of OpenAI, open_clip and Hugging Face -> parameters of `models.clip.ClipVision`."""
 
+import json
 import math
+import pathlib
 
 import numpy as np
 
@@ -98,11 +100,32 @@ def _hugging_face_block(weights: StateDict, name: str, width: int) -> dict:
   }
 
 
+def check_hugging_face_config(file: pathlib.Path, sizes: dict) -> None:
+  """Compares what shapes do not show with the `config.json` beside a weights file, where there is one.
+
+  Raises:
+    InputError: the weights would fit, and compute something else.
+  """
+  try:
+    config = json.loads(file.read_text())
+  except FileNotFoundError:
+    return
+  except (OSError, ValueError) as error:
+    raise InputError(f"{file} is not readable JSON ({error}); download it again or take it away") from error
+  vision = config.get("vision_config", config)  # a tower saved alone has no section
+  expected = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": sizes["heads"]}
+  for name, value in expected.items():
+    if name in vision and vision[name] != value:
+      raise InputError(f"{file} says {name} {vision[name]!r}; only towers like OpenAI's ({value!r}) can be teachers")
+
+
 def _sizes(weights: StateDict, patch_name: str, position_name: str) -> dict:
   """`patch_size`, `width`, `heads`, `grid` (down, across), from two shapes."""
   width, _, patch_size, _ = weights.shape(patch_name, 4)
   rows, _ = weights.shape(position_name, 2)
   grid = math.isqrt(rows - 1)
   if grid * grid != rows - 1 or width % HEAD_WIDTH:
-    raise InputError(f"{position_name} has shape {[rows, width]}, not the [1 + G * G, 64 * heads] of a CLIP tower")
+    raise InputError(
+      f"{weights.path}: {position_name} has shape {[rows, width]}, not the [1 + G * G, 64 * heads] of a CLIP tower"
+    )
   return {"patch_size": patch_size, "width": width, "heads": width // HEAD_WIDTH, "grid": (grid, grid)}

@@ -15,7 +15,7 @@ from dtm_jax.errors import InputError
 # Keys under which training scripts keep the weights.
 _WRAPPERS = ("model", "state_dict", "module")
 # Names that weights have in a Hugging Face or open_clip folder.
-_FOLDER_FILES = (
+WEIGHTS_FILES = (
   "model.safetensors",
   "open_clip_model.safetensors",
   "pytorch_model.bin",
@@ -30,9 +30,9 @@ def weights_file(path: pathlib.Path) -> pathlib.Path:
     InputError: there is none.
   """
   if path.is_dir():
-    found = [path / name for name in _FOLDER_FILES if (path / name).is_file()]
+    found = [path / name for name in WEIGHTS_FILES if (path / name).is_file()]
     if not found:
-      raise InputError(f"{path} holds no weights: it needs one of {', '.join(_FOLDER_FILES)}")
+      raise InputError(f"{path} holds no weights: it needs one of {', '.join(WEIGHTS_FILES)}")
     return found[0]
   if not path.is_file():
     raise InputError(f"weights file {path} does not exist; give a .pt, .pth or .safetensors file or a model folder")
@@ -82,7 +82,7 @@ class StateDict:
   """Hands out tensors by name, and accounts for every name at the end."""
 
   def __init__(self, tensors: dict[str, np.ndarray], path: pathlib.Path):
-    self._tensors, self._path = tensors, path
+    self._tensors, self.path = tensors, path
     self._left = set(tensors)
     self._missing: list[str] = []
     self._misshapen: list[str] = []
@@ -94,10 +94,10 @@ class StateDict:
       InputError: it is missing or has another rank.
     """
     if name not in self._tensors:
-      raise InputError(f"{self._path} lacks {name}; is it complete?")
+      raise InputError(f"{self.path} lacks {name}; is it complete?")
     shape = self._tensors[name].shape
     if len(shape) != rank or 0 in shape:
-      raise InputError(f"{self._path}: {name} has shape {list(shape)}, not {rank} dimensions")
+      raise InputError(f"{self.path}: {name} has shape {list(shape)}, not {rank} positive dimensions")
     return shape
 
   def count(self, pattern: str) -> int:
@@ -135,7 +135,7 @@ class StateDict:
     for problem, names in problems.items():
       if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise InputError(f"{self._path} {problem} {', '.join(names[:3])}{more}; it holds another model or is damaged")
+        raise InputError(f"{self.path} {problem} {', '.join(names[:3])}{more}; it holds another model or is damaged")
 
 
 def dense(weights: StateDict, name: str, inputs: int, outputs: int) -> dict[str, np.ndarray]:

@@ -42,14 +42,14 @@ def convert_student(weights: StateDict) -> tuple[dict, dict]:
   params |= {f"block_{i}": _block(weights, f"blocks.{i}", width, rows, heads) for i in range(depth)}
   weights.check(_IGNORABLE)
   sizes = {"patch_size": patch_size, "width": width, "depth": depth, "heads": heads}
-  return sizes | {"grid": _grid(rows), "out_dim": out_dim}, params
+  return sizes | {"grid": _grid(weights, rows), "out_dim": out_dim}, params
 
 
-def _grid(rows: int) -> tuple[int, int]:
+def _grid(weights: StateDict, rows: int) -> tuple[int, int]:
   """Patches (G, G) of a bias table with (2G - 1)^2 + 3 rows (three for the class token)."""
   side = math.isqrt(rows - 3) if rows > 3 else 0
   if side % 2 == 0 or side * side != rows - 3:
-    raise InputError(f"a relative position bias table with {rows} rows is not one of a square grid of patches")
+    raise InputError(f"{weights.path}: a bias table of {rows} rows is not for a square grid of patches")
   return ((side + 1) // 2,) * 2
 
 

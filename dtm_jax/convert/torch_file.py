@@ -160,7 +160,7 @@ class _Unpickler(pickle.Unpickler):
       raise ValueError(f"unknown persistent id {kind!r}")
     dtype = np.dtype(_DTYPES[storage])
     data = self._archive.read(f"data/{key}")
-    if len(data) < numel * dtype.itemsize:
+    if not 0 <= numel * dtype.itemsize <= len(data):
       raise InputError(f"{self._archive.path} is truncated or damaged at its entry 'data/{key}'")
     return np.frombuffer(data, dtype, count=numel)
 

@@ -12,12 +12,12 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TypedDict
 
 import grain
 import numpy as np
-from absl import logging
+from absl import flags, logging
 
 from dtm_jax.axes import Stream
 from dtm_jax.config import Config
@@ -26,7 +26,8 @@ from dtm_jax.data.sources import NO_LABEL, Source
 from dtm_jax.errors import InputError
 
 _REPLACEMENTS = 20  # tries for a readable image before giving up
-_READ_THREADS = 4  # of this process, where there are no workers
+_READ_THREADS = 2  # of this process, where there are no workers; more only wait for the interpreter lock
+_UNREADABLE = (transforms.UnreadableImageError, OSError)
 
 
 class Batch(TypedDict):
@@ -49,11 +50,10 @@ class EvalBatch(TypedDict):
   valid: np.ndarray  # bool [b]
 
 
-@contextlib.contextmanager
 def train_batches(
   config: Config, source: Source, *, start_step: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[Iterator[Batch]]:
-  """Endless training batches; leaving the context stops the worker processes.
+) -> Generator[Batch]:
+  """Endless training batches; `close()` (or `contextlib.closing`) stops the threads or worker processes.
 
   Args:
     config: the run.
@@ -62,9 +62,9 @@ def train_batches(
     process_index: which rows of the global batch are this process's.
     process_count: how many processes share the global batch.
 
-  Yields:
-    An iterator over `Batch`. Its `next` raises InputError where an image and
-    all its replacements are unreadable.
+  Returns:
+    A generator. Its `next` raises InputError where an image and all its
+    replacements are unreadable.
 
   Raises:
     InputError: the global batch is not divisible by `process_count`.
@@ -74,12 +74,9 @@ def train_batches(
   stream = grain.MapDataset.range(len(source)).shuffle(seed=order_seed).repeat()
   chunks = stream.map_with_index(_TrainRow(config, source)).batch(rows, drop_remainder=True)
   # Chunk s * process_count + p holds the rows of process p at step s.
-  mine = chunks[start_step * process_count + process_index :: process_count]
-  with contextlib.closing(_prefetch(mine, config.data.num_workers)) as batches:
-    yield batches
+  return _run(chunks[start_step * process_count + process_index :: process_count], config.data.num_workers)
 
 
-@contextlib.contextmanager
 def eval_batches(
   config: Config,
   source: Source,
@@ -88,8 +85,8 @@ def eval_batches(
   limit: int | None = None,
   process_index: int = 0,
   process_count: int = 1,
-) -> Iterator[Iterator[EvalBatch]]:
-  """Each image once, in source order; leaving the context stops the worker processes.
+) -> Generator[EvalBatch]:
+  """Each image once, in source order; `close()` (or `contextlib.closing`) stops the threads or worker processes.
 
   Args:
     config: the run.
@@ -99,8 +96,8 @@ def eval_batches(
     process_index: which rows of the global batch are this process's.
     process_count: how many processes share the global batch.
 
-  Yields:
-    An iterator over `EvalBatch`, as many for each process.
+  Returns:
+    A generator, of as many batches for each process.
 
   Raises:
     InputError: `batch_size` is not divisible by `process_count`.
@@ -110,8 +107,7 @@ def eval_batches(
   padding = -len(members) % batch_size
   padded = np.concatenate([members, np.full(padding, -1)])
   chunks = grain.MapDataset.source(padded).map(_EvalRow(config, source)).batch(rows, drop_remainder=True)
-  with contextlib.closing(_prefetch(chunks[process_index::process_count], config.data.num_workers)) as batches:
-    yield batches
+  return _run(chunks[process_index::process_count], config.data.num_workers)
 
 
 class BadImageMonitor:
@@ -167,13 +163,13 @@ class _TrainRow:
     """Image, label, index in the source, and -1 or the index that could not be read."""
     try:
       return *self._augmented(position, index), index, -1
-    except transforms.UnreadableImageError:
+    except _UNREADABLE:
       bad = index
-    rng = _row_rng(self._config, Stream.REPLACE, position)
+    rng = _row_rng(self._config, Stream.ORDER, position)
     for replacement in rng.integers(len(self._source), size=_REPLACEMENTS).tolist():
       try:
         return *self._augmented(position, replacement), replacement, bad
-      except transforms.UnreadableImageError:
+      except _UNREADABLE:
         continue
     raise InputError(
       f"{self._source.name(bad)} and {_REPLACEMENTS} random other images are unreadable; check config.data"
@@ -204,7 +200,7 @@ class _EvalRow:
   def __call__(self, index: int) -> dict[str, np.ndarray]:
     image, label, valid = np.zeros((self._size, self._size, 3), np.uint8), NO_LABEL, False
     if index >= 0:
-      with contextlib.suppress(transforms.UnreadableImageError):
+      with contextlib.suppress(*_UNREADABLE):
         example = self._source[index]
         image, label, valid = transforms.eval_image(example.image, size=self._size), example.label, True
     return {"image": image, "label": np.int32(label), "index": np.int64(index), "valid": np.bool_(valid)}
@@ -233,13 +229,16 @@ def _spread(length: int, limit: int | None) -> np.ndarray:
   return np.random.default_rng(0).integers(edges[:-1], edges[1:])
 
 
-def _prefetch(batches: grain.MapDataset, num_workers: int) -> grain.DatasetIterator:
+def _run(batches: grain.MapDataset, num_workers: int) -> Generator[dict[str, np.ndarray]]:
   """Threads of this process, or worker processes that each build whole batches in turn."""
   threads = 1 if num_workers else _READ_THREADS
   dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
   if num_workers:
+    if not flags.FLAGS.is_parsed():  # Grain reads absl flags, also where no absl app runs
+      flags.FLAGS.mark_as_parsed()
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_init_worker)
-  return iter(dataset)
+  with contextlib.closing(iter(dataset)) as iterator:
+    yield from iterator
 
 
 def _init_worker(worker_index: int, worker_count: int) -> None:

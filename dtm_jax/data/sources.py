@@ -63,15 +63,22 @@ def open_source(config: DataConfig, split: str) -> Source:
   raise ValueError(f"unknown source {config.source!r}")
 
 
+def encode_png(pixels: np.ndarray) -> bytes:
+  """uint8 [H, W] or [H, W, 3] -> PNG."""
+  encoded = io.BytesIO()
+  Image.fromarray(pixels).save(encoded, "PNG")
+  return encoded.getvalue()
+
+
 class TfdsSource:
-  """A split of a TFDS data set, as ArrayRecord; images stay encoded."""
+  """A split of a TFDS data set (or a slice, such as "train[:90%]") kept as ArrayRecord; images stay encoded."""
 
   def __init__(self, builder, split: str):
     import tensorflow_datasets as tfds
 
     features, splits = builder.info.features, builder.info.splits
     self._name = f"{builder.name}/{split}"
-    if split not in splits:
+    if split.partition("[")[0] not in splits:
       raise InputError(f"{builder.name} has no split {split!r}; set the split in config.data to one of {', '.join(splits)}")
     if "image" not in features:
       raise InputError(f"{builder.name} has no feature 'image', only {', '.join(features)}; choose an image data set")
@@ -94,16 +101,17 @@ class TfdsSource:
 
 
 def _tfds_builder(name: str, data_dir: str):
+  """What is on disk goes before the code that TFDS may have for the same name."""
   import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import read_only_builder
 
   try:
-    builder = tfds.builder(name, data_dir=data_dir or None)
+    return read_only_builder.builder_from_files(name, data_dir=data_dir or None)
   except tfds.core.DatasetNotFoundError as error:
+    if name.partition("/")[0] in tfds.list_builders():
+      raise InputError(_not_array_record(name)) from error
     where = data_dir or tfds.core.constants.DATA_DIR
-    raise InputError(f"TFDS data set {name!r} is neither known nor found under {where}; see config.data.name and path") from error
-  if not builder.data_path.exists():
-    raise InputError(_not_array_record(name))
-  return builder
+    raise InputError(f"no TFDS data set {name!r} under {where}, and TFDS does not know the name; see config.data") from error
 
 
 def _not_array_record(name: str) -> str:
@@ -119,9 +127,10 @@ def _digits_builder(data_dir: str):
 class FolderSource:
   """Image files, in the order given."""
 
-  def __init__(self, paths: list[str], labels: np.ndarray, num_classes: int | None):
+  def __init__(self, paths: list[str], labels: np.ndarray, class_names: list[str] | None):
     self._paths, self._labels = paths, labels
-    self.num_classes = num_classes
+    self.class_names = class_names
+    self.num_classes = None if class_names is None else len(class_names)
 
   def __len__(self) -> int:
     return len(self._paths)
@@ -149,19 +158,19 @@ def open_folder(root: pathlib.Path, split: str, split_name: str) -> FolderSource
   """
   if (root / split_name).is_dir():
     return FolderSource(*list_images(root / split_name))
-  paths, labels, num_classes = list_images(root)
+  paths, labels, class_names = list_images(root)
   held_out = np.arange(len(paths)) % _HOLD_OUT_EVERY == 0
   chosen = np.flatnonzero(held_out if split == "eval" else ~held_out)
   if not len(chosen):
     raise InputError(f"{root} has too few images ({len(paths)}) to hold some out for evaluation; add images")
-  return FolderSource([paths[i] for i in chosen], labels[chosen], num_classes)
+  return FolderSource([paths[i] for i in chosen], labels[chosen], class_names)
 
 
-def list_images(root: pathlib.Path) -> tuple[list[str], np.ndarray, int | None]:
+def list_images(root: pathlib.Path) -> tuple[list[str], np.ndarray, list[str] | None]:
   """Image files by suffix, sorted by class and name; hidden files and other files are passed over.
 
   Returns:
-    Paths, labels int64 (NO_LABEL for a flat folder), number of classes (None for a flat folder).
+    Paths, labels int64, class names; for a flat folder all labels are NO_LABEL and the names None.
 
   Raises:
     InputError: see `open_folder`.
@@ -178,7 +187,7 @@ def list_images(root: pathlib.Path) -> tuple[list[str], np.ndarray, int | None]:
     if not members:
       raise InputError(f"class folder {path} has no images; remove it or fill it")
   labels = np.repeat(np.arange(len(classes)), [len(members) for members in files])
-  return [path for members in files for path in members], labels, len(classes)
+  return [path for members in files for path in members], labels, [pathlib.Path(path).name for path in classes]
 
 
 def _scan(folder: pathlib.Path) -> tuple[list[str], list[str]]:

@@ -4,7 +4,6 @@ Parameter names are those of the public checkpoints: BEiT's for the student, Ope
 stochastic depth, because a comparison needs steps that repeat.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -12,28 +11,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from dtm_jax.models.variants import Variant
+
 _STUDENT_EPS = 1e-6
 _CLIP_EPS = 1e-5
 _CLIP_HEAD_WIDTH = 64  # every CLIP ViT: heads = width / 64
 _MLP_RATIO = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-  """Width, depth and heads of a student, and where its layer scale starts."""
-
-  width: int
-  depth: int
-  heads: int
-  layer_scale: float = 0.1
-
-
-SIZES = {
-  "tiny": Size(48, 3, 3),
-  "S": Size(384, 12, 6),
-  "B": Size(768, 12, 12),
-  "L": Size(1024, 24, 16, layer_scale=1e-5),
-}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, sdpa: bool) -> Tensor:
@@ -115,7 +98,7 @@ class Mlp(nn.Module):
 
 
 class StudentBlock(nn.Module):
-  def __init__(self, grid: tuple[int, int], size: Size, *, sdpa: bool):
+  def __init__(self, grid: tuple[int, int], size: Variant, *, sdpa: bool):
     super().__init__()
     self.norm1 = nn.LayerNorm(size.width, eps=_STUDENT_EPS)
     self.attn = StudentAttention(grid, size.width, size.heads, sdpa=sdpa)
@@ -142,14 +125,14 @@ class Student(nn.Module):
   """BEiT-style ViT that predicts one vector per patch.
 
   Args:
-    size: width, depth, heads and layer scale.
+    size: an entry of `dtm_jax.models.variants.VARIANTS`, or another.
     grid: patches (down, across).
     patch_size: pixels.
     out_dim: width K of the predicted tokens.
     sdpa: `F.scaled_dot_product_attention` instead of matmul, softmax, matmul.
   """
 
-  def __init__(self, size: Size, grid: tuple[int, int], patch_size: int, out_dim: int, *, sdpa: bool = False):
+  def __init__(self, size: Variant, grid: tuple[int, int], patch_size: int, out_dim: int, *, sdpa: bool = False):
     super().__init__()
     self.cls_token = nn.Parameter(torch.zeros(1, 1, size.width))
     self.mask_token = nn.Parameter(torch.zeros(1, 1, size.width))

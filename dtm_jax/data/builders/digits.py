@@ -7,8 +7,8 @@ import pathlib
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
+from dtm_jax.data import sources
 from dtm_jax.errors import InputError
 
 _TEST_FRACTION = 0.2
@@ -49,13 +49,8 @@ class DtmDigits(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, images: np.ndarray, labels: np.ndarray, members: np.ndarray):
     for i in members.tolist():
-      yield i, {"image": io.BytesIO(_encode(images[i])), "label": int(labels[i])}
-
-
-def _encode(image: np.ndarray) -> bytes:
-  encoded = io.BytesIO()
-  Image.fromarray((image * (255 / _GREY_LEVELS)).round().astype(np.uint8)).save(encoded, "PNG")
-  return encoded.getvalue()
+      pixels = (images[i] * (255 / _GREY_LEVELS)).round().astype(np.uint8)
+      yield i, {"image": io.BytesIO(sources.encode_png(pixels)), "label": int(labels[i])}
 
 
 def prepared_builder(data_dir: str) -> DtmDigits:

@@ -1,0 +1,111 @@
+"""Saving and restoring the train state with orbax: asynchronous, atomic, and checked against the model."""
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from dtm_jax.errors import InputError
+from dtm_jax.train_state import TrainState
+
+FOLDER = "checkpoints"
+
+
+class CheckpointStore:
+  """The checkpoints of one work folder.
+
+  A save returns as soon as the state has left the device; the files get their
+  final name only when all of them are written, so a run that is killed in the
+  middle finds the checkpoint before it.
+  """
+
+  def __init__(self, workdir: pathlib.Path, *, keep: int | None = None):
+    self._folder = workdir.resolve() / FOLDER
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    try:
+      # Naming the handler lets a fresh process read `item_metadata`.
+      self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
+    except OSError as error:
+      raise InputError(f"cannot use {self._folder} for checkpoints ({error.strerror}); choose another --workdir") from error
+
+  def latest_step(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(self, state: TrainState) -> None:
+    """Starts saving, unless this step is there already.
+
+    Raises:
+      InputError: this save or the one before failed (disk full, no permission).
+    """
+    step = int(state.step)
+    if step == self.latest_step():
+      return
+    self._checked(lambda: self._manager.save(step, args=ocp.args.StandardSave(state)))
+
+  def check(self) -> None:
+    """Raises InputError where a save in the background has failed."""
+    self._checked(self._manager.check_for_errors)
+
+  def wait(self) -> None:
+    """Returns when all saves are complete. Raises InputError where one failed."""
+    self._checked(self._manager.wait_until_finished)
+    self.check()
+
+  def close(self) -> None:
+    self._manager.close()
+
+  def restore(self, step: int, like: TrainState) -> TrainState:
+    """Reads a checkpoint onto the devices.
+
+    Args:
+      step: one of the saved steps.
+      like: arrays or `jax.ShapeDtypeStruct`s with the shapes, dtypes and shardings to restore to.
+
+    Raises:
+      InputError: the checkpoint is of another model, or cannot be read.
+    """
+    self._check_shapes(step, like)
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    try:
+      return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    except (OSError, ValueError) as error:
+      raise InputError(
+        f"checkpoint {self._folder / str(step)} cannot be read ({_first_line(error)});"
+        " remove that folder to go on from the one before"
+      ) from error
+
+  def _check_shapes(self, step: int, like: TrainState) -> None:
+    saved, wanted = _shapes(self._manager.item_metadata(step)), _shapes(like)
+    names = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
+    if names:
+      name = names[0]
+      raise InputError(
+        f"checkpoint {self._folder / str(step)} is of another model: {name} is {saved.get(name, 'missing')} there and"
+        f" {wanted.get(name, 'missing')} in this config ({len(names)} such); use its config or another --workdir"
+      )
+
+  def _checked(self, action) -> None:
+    try:
+      action()
+    # Orbax passes on whatever its writers raise: OSError, ValueError from
+    # tensorstore, RuntimeError from the background thread.
+    except (OSError, ValueError, RuntimeError) as error:
+      raise InputError(
+        f"saving to {self._folder} failed ({_first_line(error)}); make room or choose another --workdir, then run"
+        f" the same command: it goes on from step {self.latest_step() or 0}"
+      ) from error
+
+
+def _first_line(error: Exception) -> str:
+  return str(error).partition("\n")[0][:200]
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  """Shapes by name, the same for a state and for what orbax tells of a saved one."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {"/".join(_key_name(key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _key_name(key: Any) -> str:
+  return str(next(getattr(key, field) for field in ("key", "name", "idx") if hasattr(key, field)))

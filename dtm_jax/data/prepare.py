@@ -1,0 +1,277 @@
+"""Turns images into a TFDS data set in ArrayRecord files, without TensorFlow.
+
+  python -m dtm_jax.data.prepare SRC --out=DIR [--name=NAME]
+
+SRC is one of
+  - a folder per class, or a flat folder, of image files: the split "train";
+  - a folder with `train` and more such folders in it: one split each;
+  - a folder with the four gzipped IDX files of MNIST or Fashion-MNIST: the
+    splits "train" and "test".
+
+The result, DIR/NAME/1.0.0, is read by `--config.data.source=tfds
+--config.data.name=NAME --config.data.path=DIR` and by TFDS. Until it is whole
+it lives in DIR/NAME/incomplete.1.0.0; the same command after a crash goes on
+with the first shard that is missing there.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import gzip
+import hashlib
+import io
+import json
+import pathlib
+import re
+import shutil
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import tensorflow_datasets as tfds
+import tqdm
+from array_record.python import array_record_module
+from PIL import Image
+
+from dtm_jax.data import sources
+from dtm_jax.errors import InputError
+
+VERSION = "1.0.0"
+_SHARD_EXAMPLES = 4096
+_PROVENANCE = "source.json"
+_IDX_FILES = {"train": "train", "test": "t10k"}
+_IDX_IMAGES, _IDX_LABELS = 0x0803, 0x0801  # magic numbers: uint8, number of axes
+
+
+@dataclasses.dataclass(frozen=True)
+class IdxSource:
+  """Images and labels out of a pair of IDX files; see `sources.Source`."""
+
+  path: pathlib.Path
+  images: np.ndarray  # uint8 [n, H, W]
+  labels: np.ndarray  # uint8 [n]
+
+  @property
+  def num_classes(self) -> int:
+    return int(self.labels.max()) + 1
+
+  def __len__(self) -> int:
+    return len(self.images)
+
+  def __getitem__(self, index: int) -> sources.Example:
+    return sources.Example(sources.encode_png(self.images[index]), int(self.labels[index]))
+
+  def name(self, index: int) -> str:
+    return f"{self.path}[{index}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """Examples [start, stop) of a split, and the file that they belong in."""
+
+  split: str
+  start: int
+  stop: int
+  file_name: str
+
+
+def open_raw(root: pathlib.Path) -> dict[str, sources.Source]:
+  """Split name -> its images.
+
+  Raises:
+    InputError: no such folder, no images, an empty class folder, classes that
+      differ between splits, a missing or broken IDX file.
+  """
+  if not root.is_dir():
+    raise InputError(f"{root} is not a folder; give a folder of images or of the four IDX files")
+  if list(root.glob("*-ubyte.gz")):
+    return {split: _open_idx(root, prefix) for split, prefix in _IDX_FILES.items()}
+  if not (root / "train").is_dir():
+    return {"train": sources.FolderSource(*sources.list_images(root))}
+  folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+  splits = {path.name: sources.FolderSource(*sources.list_images(path)) for path in folders}
+  for split, source in splits.items():
+    if source.class_names != splits["train"].class_names:
+      raise InputError(f"the class folders in {root / split} and {root / 'train'} differ; make them the same")
+  return splits
+
+
+def _open_idx(root: pathlib.Path, prefix: str) -> IdxSource:
+  path = root / f"{prefix}-images-idx3-ubyte.gz"
+  images = _read_idx(path, _IDX_IMAGES)
+  labels = _read_idx(root / f"{prefix}-labels-idx1-ubyte.gz", _IDX_LABELS)
+  if len(images) != len(labels):
+    raise InputError(f"{path} has {len(images)} images but {len(labels)} labels; fetch both files again")
+  return IdxSource(path, images, labels)
+
+
+def _read_idx(path: pathlib.Path, magic: int) -> np.ndarray:
+  """The array in a gzipped IDX file of bytes (format: yann.lecun.com/exdb/mnist)."""
+  try:
+    with gzip.open(path) as file:
+      data = file.read()
+  except FileNotFoundError as error:
+    raise InputError(f"{path} is missing; put all four IDX files into that folder") from error
+  except (OSError, EOFError, zlib.error) as error:
+    raise InputError(f"{path} cannot be read ({error}); fetch it again") from error
+  axes = magic & 0xFF
+  header = np.frombuffer(data[: 4 * (1 + axes)], ">u4")
+  values = np.frombuffer(data, np.uint8, offset=header.nbytes)
+  if len(header) != 1 + axes or header[0] != magic or values.size != np.prod(header[1:], dtype=np.int64):
+    raise InputError(f"{path} is no whole IDX file of {axes} axes; fetch it again")
+  return values.reshape(header[1:])
+
+
+def prepare(splits: Mapping[str, sources.Source], out: pathlib.Path, name: str) -> pathlib.Path:
+  """Writes the data set, or what is missing of it.
+
+  Args:
+    splits: what to write.
+    out: the TFDS data_dir.
+    name: of the data set; letters a-z, digits and underscores.
+
+  Returns:
+    The folder of the finished data set.
+
+  Raises:
+    InputError: an unfit name, a file that is no image, another process at work
+      on the same data set.
+  """
+  if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+    raise InputError(f"--name={name!r} must be lower-case letters, digits and underscores, and begin with a letter")
+  finished, partial = out / name / VERSION, out / name / f"incomplete.{VERSION}"
+  (out / name).mkdir(parents=True, exist_ok=True)
+  with _only_one_writer(out / name):
+    if not finished.exists():
+      _start_or_resume(partial, _fingerprint(splits))
+      features = _features(splits["train"])
+      shards = [shard for split, source in splits.items() for shard in plan_shards(name, split, len(source))]
+      _write_shards(shards, splits, features, partial)
+      _write_metadata(shards, features, partial)
+      partial.rename(finished)
+  return finished
+
+
+def plan_shards(name: str, split: str, num_examples: int) -> list[Shard]:
+  """Cuts a split into files of at most 4096 examples, named as TFDS expects."""
+  starts = range(0, num_examples, _SHARD_EXAMPLES)
+  return [
+    Shard(
+      split,
+      start,
+      min(start + _SHARD_EXAMPLES, num_examples),
+      f"{name}-{split}.array_record-{i:05d}-of-{len(starts):05d}",
+    )
+    for i, start in enumerate(starts)
+  ]
+
+
+@contextlib.contextmanager
+def _only_one_writer(folder: pathlib.Path) -> Iterator[None]:
+  with (folder / ".lock").open("w") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise InputError(f"another process is preparing {folder}; wait for it") from error
+    yield
+
+
+def _fingerprint(splits: Mapping[str, sources.Source]) -> dict[str, str]:
+  """Hash of every split's file names, in order."""
+  return {
+    split: hashlib.sha256("\n".join(map(source.name, range(len(source)))).encode()).hexdigest()
+    for split, source in splits.items()
+  }
+
+
+def _start_or_resume(partial: pathlib.Path, fingerprint: dict[str, str]) -> None:
+  """Keeps the shards of an earlier run if they come from the same files."""
+  provenance = partial / _PROVENANCE
+  if provenance.exists() and json.loads(provenance.read_text()) == fingerprint:
+    return
+  if partial.exists():
+    shutil.rmtree(partial)
+  partial.mkdir()
+  provenance.write_text(json.dumps(fingerprint))
+
+
+def _features(source: sources.Source) -> tfds.features.FeaturesDict:
+  image = tfds.features.Image(shape=(None, None, 3))
+  if isinstance(source, IdxSource):
+    label = tfds.features.ClassLabel(num_classes=source.num_classes)
+    return tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(None, None, 1)), "label": label})
+  if source.class_names is None:
+    return tfds.features.FeaturesDict({"image": image})
+  return tfds.features.FeaturesDict({"image": image, "label": tfds.features.ClassLabel(names=source.class_names)})
+
+
+def _write_shards(
+  shards: Sequence[Shard],
+  splits: Mapping[str, sources.Source],
+  features: tfds.features.FeaturesDict,
+  folder: pathlib.Path,
+) -> None:
+  missing = [shard for shard in shards if not (folder / shard.file_name).exists()]
+  total, remaining = (sum(shard.stop - shard.start for shard in part) for part in (shards, missing))
+  with tqdm.tqdm(total=total, initial=total - remaining, unit=" images") as progress:
+    for shard in missing:
+      unfinished = folder / f".{shard.file_name}"
+      writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")  # for random access
+      for index in range(shard.start, shard.stop):
+        writer.write(_serialize(splits[shard.split], index, features))
+        progress.update()
+      writer.close()
+      unfinished.rename(folder / shard.file_name)
+
+
+def _serialize(source: sources.Source, index: int, features: tfds.features.FeaturesDict) -> bytes:
+  example = source[index]
+  try:
+    Image.open(io.BytesIO(example.image)).verify()
+  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    raise InputError(f"{source.name(index)} is not an image that can be read; remove or repair it") from error
+  values = {"image": io.BytesIO(example.image), "label": example.label}
+  return features.serialize_example({name: values[name] for name in features})
+
+
+def _write_metadata(shards: Sequence[Shard], features: tfds.features.FeaturesDict, folder: pathlib.Path) -> None:
+  template = tfds.core.ShardedFileTemplate(data_dir=folder)
+  by_split = {split: [shard for shard in shards if shard.split == split] for split in {s.split for s in shards}}
+  infos = [
+    tfds.core.SplitInfo(
+      name=split,
+      shard_lengths=[shard.stop - shard.start for shard in members],
+      num_bytes=sum((folder / shard.file_name).stat().st_size for shard in members),
+      filename_template=template,
+    )
+    for split, members in by_split.items()
+  ]
+  tfds.folder_dataset.write_metadata(
+    data_dir=folder, features=features, split_infos=infos, version=VERSION, check_data=False
+  )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Command line; returns the exit code."""
+  parser = argparse.ArgumentParser(prog="python -m dtm_jax.data.prepare", description=__doc__.partition("\n")[0])
+  parser.add_argument("source", type=pathlib.Path, help="folder of images, or of four IDX files")
+  parser.add_argument("--out", type=pathlib.Path, required=True, help="TFDS data_dir, made if need be")
+  parser.add_argument("--name", help="of the data set; the folder's own name if not given")
+  options = parser.parse_args(arguments)
+  name = options.name or re.sub(r"[^a-z0-9]+", "_", options.source.resolve().name.lower())
+  try:
+    folder = prepare(open_raw(options.source), options.out, name)
+  except InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except OSError as error:
+    print(f"error: cannot write the data set: {error}; give another --out or free space", file=sys.stderr)
+    return 2
+  print(f"{folder} is ready: --config.data.source=tfds --config.data.name={name} --config.data.path={options.out}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

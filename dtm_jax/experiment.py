@@ -1,0 +1,362 @@
+"""A run from its config: builds the parts, trains, evaluates, and leaves the work folder behind."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from absl import logging
+from jax.sharding import Mesh
+
+from dtm_jax import __version__, figures, loop, metrics, sharding
+from dtm_jax.axes import Stream
+from dtm_jax.checkpoint import CheckpointStore
+from dtm_jax.config import Config, from_json, settings_that_differ, to_json
+from dtm_jax.data.pipeline import BadImageMonitor, eval_batches, train_batches
+from dtm_jax.data.sources import Source, open_source
+from dtm_jax.errors import InputError
+from dtm_jax.evaluate.features import extract_features
+from dtm_jax.evaluate.knn import knn_accuracy
+from dtm_jax.evaluate.steps import make_feature_fn, make_label_fn
+from dtm_jax.models.variants import VARIANTS
+from dtm_jax.models.vit import ViT
+from dtm_jax.optim import Schedule, create_optimizer, warmup_cosine
+from dtm_jax.steps.pretrain import make_train_step
+from dtm_jax.teachers import Teacher, create_teacher
+from dtm_jax.train_state import TrainState, create_train_state, params_sha256, stream_key
+
+CONFIG_FILE = "config.json"
+SUMMARY_FILE = "summary.json"
+_REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """All that a run is made of, before its first step."""
+
+  config: Config
+  mesh: Mesh
+  train_source: Source
+  eval_source: Source
+  student: ViT
+  teacher: Teacher
+  teacher_params: Any  # on the devices; not part of the train state
+  optimizer: optax.GradientTransformation
+  schedule: Schedule
+  total_steps: int
+
+  def create_state(self) -> TrainState:
+    """A new state, on the devices."""
+    return jax.jit(self._create_state, out_shardings=sharding.replicated(self.mesh))()
+
+  def abstract_state(self) -> TrainState:
+    """The state's shapes, dtypes and shardings, to restore to."""
+    replicated = sharding.replicated(self.mesh)
+    shapes = jax.eval_shape(self._create_state)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
+
+  def _create_state(self) -> TrainState:
+    return create_train_state(init_params(self.config, self.student), self.optimizer)
+
+  @functools.cached_property
+  def jitted_step(self):
+    """`(state, teacher_params, batch) -> (state, metrics)`, compiled once; gives its state's memory away."""
+    step = make_train_step(self.config, self.student, self.teacher, self.optimizer, self.schedule)
+    replicated, split = sharding.replicated(self.mesh), sharding.batch_sharding(self.mesh)
+    return jax.jit(step, in_shardings=(replicated, replicated, split), out_shardings=replicated, donate_argnums=0)
+
+  def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+    return self.jitted_step(state, self.teacher_params, batch)
+
+  def place(self, batch: loop.HostBatch) -> Any:
+    """The part of a host batch that the device needs, as global arrays."""
+    needed = {name: batch[name] for name in ("image", "mask")}
+    return sharding.to_global(needed, sharding.batch_sharding(self.mesh))
+
+
+def build(config: Config) -> Parts:
+  """Opens the data, the teacher and the devices.
+
+  Raises:
+    InputError: any of them is missing or does not fit the others.
+  """
+  mesh = sharding.create_mesh(config.mesh)
+  micro_batch = config.data.batch_size // config.optim.accumulate_steps
+  sharding.check_batch_size(micro_batch, mesh, "config.data.batch_size / config.optim.accumulate_steps")
+  sharding.check_batch_size(config.eval.batch_size, mesh, "config.eval.batch_size")
+  train_source, eval_source = (open_source(config.data, split) for split in ("train", "eval"))
+  teacher, teacher_params = create_teacher(config, restore_student)
+  if teacher.weights_sha256:
+    logging.info("teacher weights %s, SHA-256 %s", config.teacher.weights, teacher.weights_sha256)
+  total_steps = config.total_steps(len(train_source))
+  warmup_steps = min(config.warmup_steps(len(train_source)), total_steps)
+  schedule = warmup_cosine(config.peak_lr, config.optim.min_lr, warmup_steps, total_steps)
+  return Parts(
+    config=config,
+    mesh=mesh,
+    train_source=train_source,
+    eval_source=eval_source,
+    student=create_student(config, teacher.out_dim),
+    teacher=teacher,
+    teacher_params=jax.device_put(teacher_params, sharding.replicated(mesh)),
+    optimizer=create_optimizer(config.optim, schedule),
+    schedule=schedule,
+    total_steps=total_steps,
+  )
+
+
+def create_student(config: Config, out_dim: int) -> ViT:
+  """The configured student for targets of width `out_dim`."""
+  model = config.model
+  return ViT(
+    **VARIANTS[model.variant]._asdict(),
+    patch_size=model.patch_size,
+    grid=config.grid,
+    out_dim=out_dim,
+    drop_path=model.drop_path,
+    dtype=np.dtype(model.dtype),
+    attention=model.attention,
+    scan_layers=model.scan_layers,
+    remat=model.remat,
+  )
+
+
+def init_params(config: Config, student: ViT) -> Any:
+  """The student's initial parameters, from the run's seed."""
+  size = config.data.image_size
+  images, mask = np.zeros((1, size, size, 3), np.float32), np.zeros((1, config.num_tokens), bool)
+  return student.init(stream_key(config.run.seed, Stream.INIT, 0), images, mask)["params"]
+
+
+def restore_student(workdir: pathlib.Path) -> tuple[ViT, Any]:
+  """The student of a work folder's newest checkpoint, and its parameters as numpy arrays.
+
+  Raises:
+    InputError: the folder is not that of a run, or has no checkpoint.
+  """
+  record = _read_record(workdir)
+  store = CheckpointStore(workdir)
+  step = store.latest_step()
+  if record is None or step is None:
+    raise InputError(f"{workdir} holds no checkpoint of a run; name its work folder, or a weights file")
+  config = from_json(record)
+  student = create_student(config, record["target_dim"])
+  optimizer = create_optimizer(config.optim, lambda step: 0.0)
+  like = jax.eval_shape(lambda: create_train_state(init_params(config, student), optimizer))
+  with contextlib.closing(store):
+    state = store.restore(step, like)
+  return student, jax.tree.map(np.asarray, state.params)
+
+
+def run(config: Config, workdir: pathlib.Path, command: str, stop_requested: Callable[[], bool]) -> bool:
+  """Trains from where the work folder stands to the end, evaluates and writes the summary.
+
+  Args:
+    config: of the run; has to agree with the work folder's, but for what does not change the outcome.
+    workdir: made where it is missing.
+    command: how the run was started, for the record.
+    stop_requested: asked between steps; True saves and returns.
+
+  Returns:
+    True where the run is complete, False where it was stopped before its end.
+
+  Raises:
+    InputError: something is wrong that the user can mend.
+    loop.NonFiniteError: the loss was not finite.
+  """
+  start = time.perf_counter()
+  record = _prepare_workdir(workdir, config)
+  parts = build(config)
+  if _is_complete(workdir, parts.total_steps):
+    logging.info("%s is complete; its results are in %s", workdir, workdir / SUMMARY_FILE)
+    return True
+  if record is None:
+    _write_json(workdir / CONFIG_FILE, _new_record(parts, command))
+  store = CheckpointStore(workdir, keep=config.run.keep_checkpoints)
+  with contextlib.closing(store), contextlib.closing(metrics.MetricWriter(workdir)) as writer:
+    state = _restore_or_create(parts, store)
+    if int(state.step) == 0 and config.eval.knn:
+      _evaluate(parts, state, writer)
+    state = _train(parts, state, store, writer, stop_requested)
+    store.wait()
+    if int(state.step) < parts.total_steps:
+      return False
+    if config.eval.knn:
+      _evaluate(parts, state, writer)
+    _draw(parts, workdir, writer)
+    summary = _summary(parts, state, writer) | {"seconds": round(time.perf_counter() - start, 1)}
+  _write_json(workdir / SUMMARY_FILE, summary)
+  _log_summary(workdir, summary)
+  return True
+
+
+def _train(parts: Parts, state: TrainState, store: CheckpointStore, writer: metrics.MetricWriter, stop_requested):
+  config = parts.config
+  monitor = BadImageMonitor(parts.train_source, config.data.max_bad_fraction)
+
+  def log(step: int, values: dict[str, float]) -> None:
+    store.check()
+    writer.write(step, values | {"bad_images": monitor.count})
+
+  def watched(batches):
+    for batch in batches:
+      monitor.observe(batch["bad"])
+      yield batch
+
+  training = loop.Loop(
+    train_step=parts.train_step,
+    place=parts.place,
+    num_steps=parts.total_steps,
+    batch_size=config.data.batch_size,
+    log_every=config.run.log_every_steps,
+    save_every=config.run.checkpoint_every_steps,
+    log=log,
+    save=store.save,
+    stop_requested=stop_requested,
+  )
+  batches = train_batches(
+    config,
+    parts.train_source,
+    start_step=int(state.step),
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  with contextlib.closing(batches):
+    return training.run(state, watched(batches))
+
+
+def _restore_or_create(parts: Parts, store: CheckpointStore) -> TrainState:
+  step = store.latest_step()
+  if step is None:
+    logging.info(
+      "training ViT-%s against %s for %d steps of %d images on %d %s device(s)",
+      *(parts.config.model.variant, parts.config.teacher.kind, parts.total_steps, parts.config.data.batch_size),
+      *(jax.device_count(), jax.default_backend()),
+    )
+    return parts.create_state()
+  logging.info("resuming at step %d of %d", step, parts.total_steps)
+  return store.restore(step, parts.abstract_state())
+
+
+def _evaluate(parts: Parts, state: TrainState, writer: metrics.MetricWriter) -> None:
+  """k-NN accuracy of the student's mean patch token, logged at the state's step."""
+  config, num_classes = parts.config, parts.train_source.num_classes
+  if num_classes is None:
+    logging.warning("no k-NN: the images have no classes (config.eval.knn=False says so)")
+    return
+  split = sharding.batch_sharding(parts.mesh)
+  feature_fn = jax.jit(make_feature_fn(config, parts.student), in_shardings=(sharding.replicated(parts.mesh), split))
+
+  def features(source: Source, limit: int):
+    with contextlib.closing(eval_batches(config, source, config.eval.batch_size, limit=limit)) as batches:
+      return extract_features(lambda images: feature_fn(state.params, sharding.to_global(images, split)), batches)
+
+  train, test = features(parts.train_source, config.eval.max_train_images), features(
+    parts.eval_source, config.eval.max_test_images
+  )
+  accuracy = knn_accuracy(
+    *train, *test, k=config.eval.knn_k, temperature=config.eval.knn_temperature, num_classes=num_classes
+  )
+  step = int(state.step)
+  writer.write(step, {"knn_top1": accuracy})
+  logging.info("k-NN accuracy at step %d: %.1f %%", step, 100 * accuracy)
+
+
+def _draw(parts: Parts, workdir: pathlib.Path, writer: metrics.MetricWriter) -> None:
+  config = parts.config
+  steps, losses = writer.series("loss")
+  figures.loss_figure(workdir / "figures" / "loss.png", steps, losses, writer.series("lr")[1])
+  if not config.eval.figure_images:
+    return
+  with contextlib.closing(
+    eval_batches(config, parts.eval_source, config.eval.figure_images, limit=config.eval.figure_images)
+  ) as batches:
+    images = next(batches)["image"]
+  settings = figures.morphing_settings(config.morphing_budget, config.morphing.max_iterations // 2)
+  label_fn = jax.jit(make_label_fn(config, parts.teacher, settings))
+  labels = np.asarray(label_fn(parts.teacher_params, images))
+  figures.morphing_figure(workdir / "figures" / "morphing.png", images, labels, settings, config.grid)
+
+
+def _summary(parts: Parts, state: TrainState, writer: metrics.MetricWriter) -> dict[str, Any]:
+  rates = writer.series("images_per_second")[1]
+  summary = {
+    "steps": parts.total_steps,
+    "loss": writer.find(parts.total_steps, "loss"),
+    "images_per_second": float(np.median(rates)),
+    "bad_images": writer.find(parts.total_steps, "bad_images"),
+    "params_sha256": params_sha256(state.params),
+  }
+  after = writer.find(parts.total_steps, "knn_top1")
+  if after is not None:
+    summary |= {"knn_top1_before": writer.find(0, "knn_top1"), "knn_top1": after}
+  return summary
+
+
+def _log_summary(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
+  logging.info("done: %s", ", ".join(f"{name} {value}" for name, value in summary.items()))
+  logging.info("see %s, %s and %s", *(workdir / name for name in (SUMMARY_FILE, metrics.FILE, "figures/morphing.png")))
+
+
+def _prepare_workdir(workdir: pathlib.Path, config: Config) -> dict[str, Any] | None:
+  """Makes the folder; returns the record of the run that is already there, checked against this one."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise InputError(f"cannot make --workdir={workdir} ({error.strerror}); choose another") from error
+  if not os.access(workdir, os.W_OK):
+    raise InputError(f"no permission to write to --workdir={workdir}; choose another")
+  record = _read_record(workdir)
+  if record is not None and (names := settings_that_differ(from_json(record), config)):
+    raise InputError(
+      f"--workdir={workdir} holds another run: {', '.join(names)} differ; use its settings or another --workdir"
+    )
+  return record
+
+
+def _new_record(parts: Parts, command: str) -> dict[str, Any]:
+  versions = {name: importlib.metadata.version(name) for name in _REPORTED_PACKAGES}
+  device = jax.devices()[0]
+  return to_json(parts.config) | {
+    "command": command,
+    "versions": {"dtm_jax": __version__, "python": platform.python_version(), **versions},
+    "devices": f"{jax.device_count()} x {device.device_kind}",
+    "target_dim": parts.teacher.out_dim,
+    "teacher_sha256": parts.teacher.weights_sha256,
+    "total_steps": parts.total_steps,
+    "peak_lr": parts.config.peak_lr,
+  }
+
+
+def _read_record(workdir: pathlib.Path) -> dict[str, Any] | None:
+  path = workdir / CONFIG_FILE
+  try:
+    return json.loads(path.read_text()) if path.exists() else None
+  except (OSError, ValueError) as error:
+    raise InputError(f"{path} cannot be read ({error}); use another --workdir") from error
+
+
+def _is_complete(workdir: pathlib.Path, total_steps: int) -> bool:
+  path = workdir / SUMMARY_FILE
+  return path.exists() and json.loads(path.read_text())["steps"] >= total_steps
+
+
+def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+  """Whole or not at all."""
+  unfinished = path.with_name(f".{path.name}.tmp")
+  try:
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    unfinished.replace(path)
+  except OSError as error:
+    unfinished.unlink(missing_ok=True)
+    raise InputError(f"cannot write {path} ({error.strerror}); make room, then run the same command again") from error

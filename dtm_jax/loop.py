@@ -1,0 +1,118 @@
+"""The one training loop: next batch, step, and what is due at intervals. It knows no task."""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from dtm_jax.train_state import NEVER, TrainState
+
+HostBatch = dict[str, np.ndarray]
+
+
+class NonFiniteError(Exception):
+  """The loss or a gradient was not finite; the last good checkpoint is kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+  """How to train, whatever the task.
+
+  Attributes:
+    train_step: jitted `(state, batch) -> (state, metrics)`.
+    place: puts a host batch on the devices.
+    num_steps: where training ends.
+    batch_size: images per step, for images/s.
+    log_every: steps between logs; metrics come to the host only then.
+    save_every: steps between checkpoints.
+    log: called with (step, metrics).
+    save: called with the state; may return before the save is complete.
+    stop_requested: asked before each step; True saves and returns.
+  """
+
+  train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+  place: Callable[[HostBatch], Any]
+  num_steps: int
+  batch_size: int
+  log_every: int
+  save_every: int
+  log: Callable[[int, dict[str, float]], None]
+  save: Callable[[TrainState], None]
+  stop_requested: Callable[[], bool]
+
+  def run(self, state: TrainState, batches: Iterator[HostBatch]) -> TrainState:
+    """Trains from the state's step to `num_steps`, or until asked to stop.
+
+    Raises:
+      NonFiniteError: names the step and the source indices of its batch.
+    """
+    start = int(state.step)
+    timer = _Timer(self.batch_size)
+    unchecked = collections.deque()  # (step, indices) since the state was last looked at
+    metrics = None
+    with tqdm.tqdm(total=self.num_steps, initial=start, unit="step", dynamic_ncols=True, mininterval=1) as bar:
+      for step in range(start, self.num_steps):
+        if self.stop_requested():
+          break
+        with timer.waiting():
+          batch = next(batches)
+        unchecked.append((step, batch["index"]))
+        previous, (state, metrics) = metrics, self.train_step(state, self.place(batch))
+        # One step ahead of the device and no more: enough to keep it busy.
+        jax.block_until_ready(previous)
+        bar.update()
+        done = step + 1
+        if done % self.log_every == 0 or done == self.num_steps:
+          _check_finite(state, unchecked)
+          values = {name: float(value) for name, value in metrics.items()} | timer.lap(len(unchecked))
+          unchecked.clear()
+          bar.set_postfix_str(_progress(values), refresh=False)
+          self.log(done, values)
+        if done % self.save_every == 0:
+          _check_finite(state, unchecked)
+          self.save(state)
+    _check_finite(state, unchecked)
+    self.save(state)
+    return state
+
+
+def _check_finite(state: TrainState, unchecked: collections.deque) -> None:
+  bad = int(state.nonfinite_step)
+  if bad != NEVER:
+    indices = dict(unchecked)[bad].tolist()
+    raise NonFiniteError(f"loss or gradient not finite at step {bad}; its batch is of source indices {indices}")
+
+
+def _progress(values: dict[str, float]) -> str:
+  return (
+    f"loss {values['loss']:.4f}, lr {values['lr']:.1e}, {values['images_per_second']:.0f} images/s,"
+    f" {values['percent_waiting']:.0f}% waiting for data"
+  )
+
+
+class _Timer:
+  """Wall time between logs, and the share of it spent waiting for data."""
+
+  def __init__(self, batch_size: int):
+    self._batch_size = batch_size
+    self._waited, self._start = 0.0, time.perf_counter()
+
+  def waiting(self) -> "_Timer":
+    return self
+
+  def __enter__(self):
+    self._wait_start = time.perf_counter()
+
+  def __exit__(self, *exc):
+    self._waited += time.perf_counter() - self._wait_start
+
+  def lap(self, steps: int) -> dict[str, float]:
+    seconds = time.perf_counter() - self._start
+    rates = {"images_per_second": steps * self._batch_size / seconds, "percent_waiting": 100 * self._waited / seconds}
+    self._waited, self._start = 0.0, time.perf_counter()
+    return rates

@@ -1,0 +1,66 @@
+"""What a run writes down while it goes: `metrics.jsonl` and TensorBoard."""
+
+import json
+import pathlib
+from typing import Any
+
+FILE = "metrics.jsonl"
+
+
+class MetricWriter:
+  """Appends one JSON object per step to `metrics.jsonl`, and the same numbers to TensorBoard.
+
+  A resumed run repeats steps that were logged after its checkpoint. They come
+  out the same, so a row whose keys are all there for its step is not written
+  again, and half a line, left by a kill, is cut off.
+  """
+
+  def __init__(self, workdir: pathlib.Path):
+    from tensorboardX import SummaryWriter
+
+    path = workdir / FILE
+    self.rows = read_rows(workdir)
+    if path.exists():
+      _cut_half_line(path)
+    self._file = path.open("a")
+    self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
+
+  def write(self, step: int, values: dict[str, Any]) -> None:
+    """Writes numbers, or short lists of them, of one step."""
+    if any(row["step"] == step and values.keys() <= row.keys() for row in self.rows):
+      return
+    row = {"step": step, **values}
+    self.rows.append(row)
+    self._file.write(json.dumps(row) + "\n")
+    self._file.flush()
+    for name, value in values.items():
+      if isinstance(value, (int, float)):
+        self._tensorboard.add_scalar(name, value, step)
+    self._tensorboard.flush()
+
+  def find(self, step: int, name: str) -> Any | None:
+    """The value logged under a name at a step, or None."""
+    return next((row[name] for row in self.rows if row["step"] == step and name in row), None)
+
+  def series(self, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one name, in order."""
+    pairs = sorted((row["step"], row[name]) for row in self.rows if name in row)
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+  def close(self) -> None:
+    self._file.close()
+    self._tensorboard.close()
+
+
+def read_rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """All complete rows of a work folder's `metrics.jsonl`."""
+  path = workdir / FILE
+  if not path.exists():
+    return []
+  return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _cut_half_line(path: pathlib.Path) -> None:
+  content = path.read_bytes()
+  with path.open("rb+") as file:
+    file.truncate(content.rfind(b"\n") + 1)

@@ -1,0 +1,67 @@
+"""What produces target tokens, behind one protocol (`Teacher`)."""
+
+import pathlib
+from collections.abc import Callable
+
+from dtm_jax.config import Config
+from dtm_jax.models.vit import ViT
+from dtm_jax.teachers.base import Params, Teacher
+from dtm_jax.teachers.checkpoint import CheckpointTeacher, check_grid, load_release_student
+from dtm_jax.teachers.clip import CLIP_MEAN, CLIP_STD, ClipTeacher, load_clip_teacher
+from dtm_jax.teachers.hog import HogTeacher
+from dtm_jax.teachers.pixels import PixelsTeacher
+
+__all__ = ["CheckpointTeacher", "ClipTeacher", "HogTeacher", "PixelsTeacher", "Params", "Teacher", "create_teacher"]
+
+
+def create_teacher(
+  config: Config, restore_student: Callable[[pathlib.Path], tuple[ViT, Params]]
+) -> tuple[Teacher, Params]:
+  """Builds the teacher that the config names.
+
+  Args:
+    config: Of the run.
+    restore_student: Reads a work folder of this program: the student's module
+      and parameters. Called for `teacher.kind="checkpoint"` with a folder only.
+
+  Returns:
+    The teacher, and its parameters (numpy, {} for hog and pixels) apart, for
+    the caller to place on devices and to pass to the jitted step.
+
+  Raises:
+    InputError: the weights are missing, damaged, or do not fit the student.
+  """
+  match config.teacher.kind:
+    case "hog":
+      return HogTeacher(config.model.patch_size), {}
+    case "pixels":
+      return PixelsTeacher(config.model.patch_size), {}
+    case "clip":
+      return _create_clip(config)
+    case _:
+      return _create_checkpoint(config, restore_student)
+
+
+def _create_clip(config: Config) -> tuple[ClipTeacher, Params]:
+  own = config.teacher.normalization == "clip"
+  return load_clip_teacher(
+    config.teacher.weights,
+    grid=config.grid,
+    image_size=config.data.image_size,
+    mean=CLIP_MEAN if own else config.data.mean,
+    std=CLIP_STD if own else config.data.std,
+    dtype=config.teacher.dtype,
+    attention=config.model.attention,
+  )
+
+
+def _create_checkpoint(config: Config, restore_student) -> tuple[CheckpointTeacher, Params]:
+  path, digest = pathlib.Path(config.teacher.weights).expanduser(), ""
+  options = {"dtype": config.teacher.dtype, "attention": config.model.attention}
+  if path.is_dir():
+    tower, params = restore_student(path)
+    tower = tower.clone(**options)
+  else:
+    tower, params, digest = load_release_student(path, **options)
+  check_grid(tower, config.grid, config.teacher.weights)
+  return CheckpointTeacher(tower, config.data.mean, config.data.std, digest), params

@@ -1,0 +1,276 @@
+"""Name maps from PyTorch files, against the programs that wrote them. Measured errors stand beside the tolerances."""
+
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dtm_jax.convert import load_torch
+from dtm_jax.errors import InputError
+from dtm_jax.models.clip import ClipVision
+from dtm_jax.models.vit import ViT
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+IMAGES = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
+
+
+def golden_state(name: str) -> dict[str, torch.Tensor]:
+  return torch.load(GOLDEN / name, weights_only=True)
+
+
+def leaves(tree: dict, prefix: str = "") -> dict[str, np.ndarray]:
+  flat = {}
+  for name, value in tree.items():
+    flat |= leaves(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
+  return flat
+
+
+def assert_same_trees(actual: dict, expected: dict) -> None:
+  actual, expected = leaves(actual), leaves(expected)
+  assert actual.keys() == expected.keys()
+  for name, value in expected.items():
+    assert actual[name].dtype == np.float32, name
+    np.testing.assert_array_equal(actual[name], value, err_msg=name)
+
+
+def refusal(path: pathlib.Path) -> str:
+  with pytest.raises(InputError) as caught:
+    load_torch(path)
+  assert "\n" not in str(caught.value)
+  return str(caught.value)
+
+
+def test_student_computes_the_recorded_tokens_and_features():
+  kind, model, params = load_torch(GOLDEN / "student_tiny.pth")
+  assert kind == "student"
+  assert model == {"patch_size": 8, "width": 48, "depth": 3, "heads": 3, "grid": (8, 8), "out_dim": 32}
+  student = ViT(**model, layer_scale=0.1)
+  io, features = np.load(GOLDEN / "student_tiny_io.npz"), np.load(GOLDEN / "student_tiny_features.npz")
+  tokens = student.apply({"params": params}, io["image_nchw"].transpose(0, 2, 3, 1), io["mask"].reshape(-1, 64))
+  np.testing.assert_allclose(tokens, io["tokens"], rtol=0, atol=1e-6)  # measured 1.2e-7
+  actual = student.apply({"params": params}, features["image_nchw"].transpose(0, 2, 3, 1), method="features")
+  np.testing.assert_allclose(actual, features["features"], rtol=0, atol=1.5e-5)  # measured 1.9e-6
+
+
+def test_clip_sizes_come_from_the_shapes():
+  kind, model, _ = load_torch(GOLDEN / "clip_vision_tiny.pth")
+  assert kind == "clip_vision"
+  assert model == {"patch_size": 8, "width": 128, "depth": 2, "heads": 2, "grid": (8, 8), "out_dim": 32}
+
+
+TEXT_TOWER = [
+  "positional_embedding",
+  "text_projection",
+  "logit_scale",
+  "token_embedding.weight",
+  "ln_final.bias",
+  "attn_mask",
+  "transformer.resblocks.0.ln_1.weight",
+  "input_resolution",
+  "context_length",
+  "vocab_size",
+]
+
+
+def save_whole_clip(state, path):
+  """As OpenAI's state dict and open_clip's files are: both towers."""
+  torch.save(state | {name: torch.ones(2) for name in TEXT_TOWER}, path)
+
+
+def save_tower_alone(state, path):
+  torch.save({name.removeprefix("visual."): tensor for name, tensor in state.items()}, path)
+
+
+def save_training_checkpoint(state, path):
+  """As open_clip's training leaves it, from DistributedDataParallel."""
+  torch.save({"epoch": 3, "state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, path)
+
+
+def save_safetensors(state, path):
+  save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+
+
+class Scripted(torch.nn.Module):
+  """Parameters under dotted names, as nested modules; TorchScript keeps the tree."""
+
+  def __init__(self, state: dict[str, torch.Tensor]):
+    super().__init__()
+    children: dict[str, dict] = {}
+    for name, tensor in state.items():
+      head, _, rest = name.partition(".")
+      if rest:
+        children.setdefault(head, {})[rest] = tensor
+      else:
+        self.register_parameter(head, torch.nn.Parameter(tensor))
+    for head, child in children.items():
+      self.add_module(head, Scripted(child))
+
+  def forward(self, x):
+    return x
+
+
+def save_torchscript(state, path):
+  torch.jit.save(torch.jit.script(Scripted(state)), path)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+  ("save", "suffix"),
+  [
+    (save_whole_clip, ".pt"),
+    (save_tower_alone, ".pth"),
+    (save_training_checkpoint, ".pt"),
+    (save_torchscript, ".pt"),
+    (save_safetensors, ".safetensors"),
+  ],
+)
+def test_every_layout_of_openai_names_gives_the_same_tree(tmp_path, save, suffix):
+  _, expected_model, expected = load_torch(GOLDEN / "clip_vision_tiny.pth")
+  path = tmp_path / f"weights{suffix}"
+  save(golden_state("clip_vision_tiny.pth"), path)
+  kind, model, params = load_torch(path)
+  assert (kind, model) == ("clip_vision", expected_model)
+  assert_same_trees(params, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("save", "suffix"), [(torch.save, ".pt"), (save_safetensors, ".safetensors")])
+def test_half_precision_becomes_float32(tmp_path, dtype, save, suffix):
+  state = {name: tensor.to(dtype) for name, tensor in golden_state("clip_vision_tiny.pth").items()}
+  path = tmp_path / f"half{suffix}"
+  save(state, path)
+  _, _, params = load_torch(path)
+  expected = state["visual.transformer.resblocks.1.mlp.c_fc.weight"].float().numpy().T
+  assert params["block_1"]["mlp"]["fc1"]["kernel"].dtype == np.float32
+  np.testing.assert_array_equal(params["block_1"]["mlp"]["fc1"]["kernel"], expected)
+
+
+def hugging_face_tower(seed: int = 0):
+  transformers = pytest.importorskip("transformers")
+  config = transformers.CLIPVisionConfig(
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    image_size=64,
+    patch_size=8,
+    projection_dim=40,
+  )
+  torch.manual_seed(seed)
+  tower = transformers.CLIPVisionModelWithProjection(config).eval()
+  with torch.no_grad():
+    for parameter in tower.parameters():  # new biases are 0 and new scales 1: nothing would notice a swap
+      parameter.add_(0.1 * torch.randn_like(parameter))
+  return tower
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 96)])
+def test_hugging_face_folder_computes_what_transformers_does(tmp_path, size):
+  tower = hugging_face_tower()
+  tower.save_pretrained(tmp_path)
+  kind, model, params = load_torch(tmp_path)
+  assert (kind, model["depth"], model["out_dim"]) == ("clip_vision", 3, 40)
+  images = np.random.default_rng(1).normal(size=(2, *size, 3)).astype(np.float32)
+  with torch.no_grad():
+    out = tower(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), interpolate_pos_encoding=True)
+    expected = tower.visual_projection(tower.vision_model.post_layernorm(out.last_hidden_state[:, 1:]))
+  tokens, pooled = ClipVision(**model).apply({"params": params}, jnp.asarray(images))
+  np.testing.assert_allclose(tokens, expected, rtol=0, atol=3e-5)  # measured below
+  np.testing.assert_allclose(pooled, out.image_embeds, rtol=0, atol=3e-5)
+
+
+def test_whole_hugging_face_model_loads_without_its_text_tower(tmp_path):
+  hugging_face_tower().save_pretrained(tmp_path)
+  _, _, expected = load_torch(tmp_path)
+  (file,) = tmp_path.glob("*.safetensors")
+  extra = ("text_model.embeddings.position_ids", "text_projection.weight", "logit_scale")
+  save_file(load_file(file) | {name: torch.ones(3) for name in extra}, tmp_path / "whole.safetensors")
+  assert_same_trees(load_torch(tmp_path / "whole.safetensors")[2], expected)
+
+
+@pytest.mark.parametrize(
+  ("setting", "value"), [("hidden_act", "gelu"), ("num_attention_heads", 8), ("layer_norm_eps", 1e-6)]
+)
+def test_hugging_face_folder_of_another_architecture_is_refused(tmp_path, setting, value):
+  """The weights would load, and compute something else."""
+  hugging_face_tower().save_pretrained(tmp_path)
+  config = json.loads((tmp_path / "config.json").read_text())
+  (tmp_path / "config.json").write_text(json.dumps(config | {setting: value}))
+  assert setting in refusal(tmp_path)
+
+
+def test_missing_names_are_named(tmp_path):
+  state = golden_state("student_tiny.pth")["model"]
+  for name in ("blocks.1.attn.q_bias", "norm.weight", "mask_token", "blocks.2.gamma_2"):
+    del state[name]
+  torch.save({"model": state}, tmp_path / "student.pth")
+  message = refusal(tmp_path / "student.pth")
+  assert "lacks mask_token, norm.weight, blocks.1.attn.q_bias and 1 more" in message
+
+
+def test_unknown_names_are_named(tmp_path):
+  state = golden_state("student_tiny.pth")["model"] | {"pos_embed": torch.ones(1, 65, 48)}
+  torch.save({"model": state}, tmp_path / "student.pth")
+  assert "has unknown pos_embed" in refusal(tmp_path / "student.pth")
+  state = golden_state("clip_vision_tiny.pth") | {"visual.attnpool.c_proj.weight": torch.ones(2)}
+  torch.save(state, tmp_path / "clip.pt")
+  assert "has unknown visual.attnpool.c_proj.weight" in refusal(tmp_path / "clip.pt")
+
+
+def test_a_gap_between_blocks_is_named(tmp_path):
+  state = golden_state("clip_vision_tiny.pth")
+  renamed = {name.replace("resblocks.1.", "resblocks.99999999."): tensor for name, tensor in state.items()}
+  torch.save(renamed, tmp_path / "clip.pt")
+  assert "lacks visual.transformer.resblocks.1." in refusal(tmp_path / "clip.pt")
+
+
+def test_wrong_shapes_are_named(tmp_path):
+  state = golden_state("student_tiny.pth")["model"] | {"blocks.0.norm1.weight": torch.ones(47)}
+  torch.save({"model": state}, tmp_path / "student.pth")
+  assert "blocks.0.norm1.weight [47] instead of [48]" in refusal(tmp_path / "student.pth")
+
+
+def test_a_table_of_no_square_grid_is_refused(tmp_path):
+  state = golden_state("student_tiny.pth")["model"]
+  tables = {name: torch.ones(200, 3) for name in state if name.endswith("bias_table")}
+  torch.save({"model": state | tables}, tmp_path / "student.pth")
+  assert "200 rows" in refusal(tmp_path / "student.pth")
+
+
+@pytest.mark.parametrize(
+  ("name", "shape", "complaint"),
+  [
+    ("visual.positional_embedding", (64, 128), "64, 128"),
+    ("visual.positional_embedding", (65, 128, 1), "not 2 positive dimensions"),
+    ("visual.conv1.weight", (130, 3, 8, 8), "130"),
+    ("visual.proj", (0, 32), "not 2 positive dimensions"),
+  ],
+)
+def test_shapes_that_give_no_sizes_are_refused(tmp_path, name, shape, complaint):
+  torch.save(golden_state("clip_vision_tiny.pth") | {name: torch.ones(shape)}, tmp_path / "clip.pt")
+  assert complaint in refusal(tmp_path / "clip.pt")
+
+
+def test_other_models_and_files_are_refused(tmp_path):
+  assert "neither" in refusal(GOLDEN / "finetune_tiny.pth")
+  torch.save([1, 2], tmp_path / "list.pt")
+  assert "no named tensors" in refusal(tmp_path / "list.pt")
+  assert "does not exist" in refusal(tmp_path / "absent.pt")
+  (tmp_path / "folder").mkdir()
+  assert "needs one of model.safetensors" in refusal(tmp_path / "folder")
+  (tmp_path / "short.safetensors").write_bytes(b"\x10\x00")
+  assert "not a safetensors file" in refusal(tmp_path / "short.safetensors")
+
+
+def test_parameters_outlive_the_file(tmp_path):
+  path = tmp_path / "student.pth"
+  path.write_bytes((GOLDEN / "student_tiny.pth").read_bytes())
+  _, _, params = load_torch(path)
+  expected = params["cls_token"].copy()
+  path.write_bytes(b"")
+  np.testing.assert_array_equal(params["cls_token"], expected)
+  assert all(leaf.base is None or leaf.base.flags.writeable for leaf in leaves(params).values())
