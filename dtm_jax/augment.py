@@ -7,8 +7,8 @@ _GREY = (0.299, 0.587, 0.114)  # ITU-R 601 luma, as Pillow's "L" and torchvision
 
 
 def to_unit(images: jax.Array) -> jax.Array:
-  """uint8 [..., 3] in 0..255 -> float32 in [0, 1]."""
-  return images.astype(jnp.float32) / 255
+  """uint8 [..., 3] in 0..255 -> float32 in [0, 1]; float images are taken to be there already."""
+  return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
 def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
@@ -21,8 +21,7 @@ def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
   Returns:
     float32 [..., 3].
   """
-  images = to_unit(images) if images.dtype == jnp.uint8 else images
-  return (images - jnp.asarray(mean)) / jnp.asarray(std)
+  return (to_unit(images) - jnp.asarray(mean)) / jnp.asarray(std)
 
 
 def color_jitter(keys: jax.Array, images: jax.Array, strength: float) -> jax.Array:

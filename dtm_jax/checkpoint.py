@@ -13,7 +13,7 @@ FOLDER = "checkpoints"
 
 
 class CheckpointStore:
-  """The checkpoints of one work folder.
+  """The checkpoints of one work folder; `keep` of them stay, and None opens the store to read only.
 
   A save returns as soon as the state has left the device; the files get their
   final name only when all of them are written, so a run that is killed in the
@@ -22,7 +22,8 @@ class CheckpointStore:
 
   def __init__(self, workdir: pathlib.Path, *, keep: int | None = None):
     self._folder = workdir.resolve() / FOLDER
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    writes = keep is not None  # what looks unfinished may be the work of a run that goes on
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=writes, cleanup_tmp_directories=writes)
     try:
       # Naming the handler lets a fresh process read `item_metadata`.
       self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
@@ -53,7 +54,8 @@ class CheckpointStore:
     self.check()
 
   def close(self) -> None:
-    self._manager.close()
+    """Waits for saves. Raises InputError where one failed."""
+    self._checked(self._manager.close)
 
   def restore(self, step: int, like: TrainState) -> TrainState:
     """Reads a checkpoint onto the devices.
@@ -71,7 +73,7 @@ class CheckpointStore:
       return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
     except (OSError, ValueError) as error:
       raise InputError(
-        f"checkpoint {self._folder / str(step)} cannot be read ({_first_line(error)});"
+        f"checkpoint {self._folder / str(step)} cannot be read ({_brief(error)});"
         " remove that folder to go on from the one before"
       ) from error
 
@@ -92,13 +94,15 @@ class CheckpointStore:
     # tensorstore, RuntimeError from the background thread.
     except (OSError, ValueError, RuntimeError) as error:
       raise InputError(
-        f"saving to {self._folder} failed ({_first_line(error)}); make room or choose another --workdir, then run"
+        f"saving to {self._folder} failed ({_brief(error)}); make room or choose another --workdir, then run"
         f" the same command: it goes on from step {self.latest_step() or 0}"
       ) from error
 
 
-def _first_line(error: Exception) -> str:
-  return str(error).partition("\n")[0][:200]
+def _brief(error: Exception) -> str:
+  """The ends of the first line: tensorstore has the name at its start and the system's reason at its end."""
+  line = str(error).partition("\n")[0]
+  return line if len(line) < 200 else f"{line[:60]} ... {line[-120:]}"
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

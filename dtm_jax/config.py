@@ -415,6 +415,7 @@ def smoke(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   config.model.dtype = "float32"
   config.teacher.kind = "hog"
   config.teacher.weights = ""
+  config.morphing.budget = None
   config.eval.batch_size = 32
   config.eval.max_train_images = 64
   config.eval.max_test_images = 32

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from dtm_jax import __version__, figures, loop, metrics, sharding
 from dtm_jax.axes import Stream
+from dtm_jax.checkpoint import FOLDER as CHECKPOINT_FOLDER
 from dtm_jax.checkpoint import CheckpointStore
 from dtm_jax.config import Config, from_json, settings_that_differ, to_json
 from dtm_jax.data.pipeline import BadImageMonitor, eval_batches, train_batches
@@ -31,7 +32,7 @@ from dtm_jax.evaluate.steps import make_feature_fn, make_label_fn
 from dtm_jax.models.variants import VARIANTS
 from dtm_jax.models.vit import ViT
 from dtm_jax.optim import Schedule, create_optimizer, warmup_cosine
-from dtm_jax.steps.pretrain import make_train_step
+from dtm_jax.steps.pretrain import draw_schedules, make_train_step
 from dtm_jax.teachers import Teacher, create_teacher
 from dtm_jax.train_state import TrainState, create_train_state, params_sha256, stream_key
 
@@ -71,7 +72,8 @@ class Parts:
   @functools.cached_property
   def jitted_step(self):
     """`(state, teacher_params, batch) -> (state, metrics)`, compiled once; gives its state's memory away."""
-    step = make_train_step(self.config, self.student, self.teacher, self.optimizer, self.schedule)
+    draw = functools.partial(draw_schedules, self.config)
+    step = make_train_step(self.config, self.student, self.teacher, self.optimizer, self.schedule, draw)
     replicated, split = sharding.replicated(self.mesh), sharding.batch_sharding(self.mesh)
     return jax.jit(step, in_shardings=(replicated, replicated, split), out_shardings=replicated, donate_argnums=0)
 
@@ -96,8 +98,6 @@ def build(config: Config) -> Parts:
   sharding.check_batch_size(config.eval.batch_size, mesh, "config.eval.batch_size")
   train_source, eval_source = (open_source(config.data, split) for split in ("train", "eval"))
   teacher, teacher_params = create_teacher(config, restore_student)
-  if teacher.weights_sha256:
-    logging.info("teacher weights %s, SHA-256 %s", config.teacher.weights, teacher.weights_sha256)
   total_steps = config.total_steps(len(train_source))
   warmup_steps = min(config.warmup_steps(len(train_source)), total_steps)
   schedule = warmup_cosine(config.peak_lr, config.optim.min_lr, warmup_steps, total_steps)
@@ -144,17 +144,15 @@ def restore_student(workdir: pathlib.Path) -> tuple[ViT, Any]:
   Raises:
     InputError: the folder is not that of a run, or has no checkpoint.
   """
-  record = _read_record(workdir)
-  store = CheckpointStore(workdir)
-  step = store.latest_step()
-  if record is None or step is None:
+  record = _read_json(workdir / CONFIG_FILE)
+  if record is None or not any((workdir / CHECKPOINT_FOLDER).glob("[0-9]*")):
     raise InputError(f"{workdir} holds no checkpoint of a run; name its work folder, or a weights file")
   config = from_json(record)
   student = create_student(config, record["target_dim"])
   optimizer = create_optimizer(config.optim, lambda step: 0.0)
   like = jax.eval_shape(lambda: create_train_state(init_params(config, student), optimizer))
-  with contextlib.closing(store):
-    state = store.restore(step, like)
+  with contextlib.closing(CheckpointStore(workdir)) as store:
+    state = store.restore(store.latest_step(), like)
   return student, jax.tree.map(np.asarray, state.params)
 
 
@@ -180,16 +178,17 @@ def run(config: Config, workdir: pathlib.Path, command: str, stop_requested: Cal
   if _is_complete(workdir, parts.total_steps):
     logging.info("%s is complete; its results are in %s", workdir, workdir / SUMMARY_FILE)
     return True
-  if record is None:
-    _write_json(workdir / CONFIG_FILE, _new_record(parts, command))
   store = CheckpointStore(workdir, keep=config.run.keep_checkpoints)
   with contextlib.closing(store), contextlib.closing(metrics.MetricWriter(workdir)) as writer:
     state = _restore_or_create(parts, store)
+    if record is None:
+      _write_json(workdir / CONFIG_FILE, _new_record(parts, command))
     if int(state.step) == 0 and config.eval.knn:
       _evaluate(parts, state, writer)
     state = _train(parts, state, store, writer, stop_requested)
     store.wait()
     if int(state.step) < parts.total_steps:
+      logging.info("stopped and saved at step %d; the same command goes on from there", state.step)
       return False
     if config.eval.knn:
       _evaluate(parts, state, writer)
@@ -304,8 +303,12 @@ def _summary(parts: Parts, state: TrainState, writer: metrics.MetricWriter) -> d
 
 
 def _log_summary(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
-  logging.info("done: %s", ", ".join(f"{name} {value}" for name, value in summary.items()))
+  logging.info("done: %s", ", ".join(f"{name} {_short(value)}" for name, value in summary.items()))
   logging.info("see %s, %s and %s", *(workdir / name for name in (SUMMARY_FILE, metrics.FILE, "figures/morphing.png")))
+
+
+def _short(value: Any) -> str:
+  return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _prepare_workdir(workdir: pathlib.Path, config: Config) -> dict[str, Any] | None:
@@ -316,7 +319,7 @@ def _prepare_workdir(workdir: pathlib.Path, config: Config) -> dict[str, Any] | 
     raise InputError(f"cannot make --workdir={workdir} ({error.strerror}); choose another") from error
   if not os.access(workdir, os.W_OK):
     raise InputError(f"no permission to write to --workdir={workdir}; choose another")
-  record = _read_record(workdir)
+  record = _read_json(workdir / CONFIG_FILE)
   if record is not None and (names := settings_that_differ(from_json(record), config)):
     raise InputError(
       f"--workdir={workdir} holds another run: {', '.join(names)} differ; use its settings or another --workdir"
@@ -338,8 +341,7 @@ def _new_record(parts: Parts, command: str) -> dict[str, Any]:
   }
 
 
-def _read_record(workdir: pathlib.Path) -> dict[str, Any] | None:
-  path = workdir / CONFIG_FILE
+def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
   try:
     return json.loads(path.read_text()) if path.exists() else None
   except (OSError, ValueError) as error:
@@ -347,8 +349,8 @@ def _read_record(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _is_complete(workdir: pathlib.Path, total_steps: int) -> bool:
-  path = workdir / SUMMARY_FILE
-  return path.exists() and json.loads(path.read_text())["steps"] >= total_steps
+  summary = _read_json(workdir / SUMMARY_FILE)
+  return summary is not None and summary["steps"] >= total_steps
 
 
 def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:

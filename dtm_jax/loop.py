@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
+from absl import logging
 
 from dtm_jax.train_state import NEVER, TrainState
 
@@ -55,7 +56,7 @@ class Loop:
     timer = _Timer(self.batch_size)
     unchecked = collections.deque()  # (step, indices) since the state was last looked at
     metrics = None
-    with tqdm.tqdm(total=self.num_steps, initial=start, unit="step", dynamic_ncols=True, mininterval=1) as bar:
+    with _progress_bar(start, self.num_steps) as bar:
       for step in range(start, self.num_steps):
         if self.stop_requested():
           break
@@ -71,7 +72,7 @@ class Loop:
           _check_finite(state, unchecked)
           values = {name: float(value) for name, value in metrics.items()} | timer.lap(len(unchecked))
           unchecked.clear()
-          bar.set_postfix_str(_progress(values), refresh=False)
+          self._show(bar, done, values)
           self.log(done, values)
         if done % self.save_every == 0:
           _check_finite(state, unchecked)
@@ -79,6 +80,23 @@ class Loop:
     _check_finite(state, unchecked)
     self.save(state)
     return state
+
+  def _show(self, bar: tqdm.tqdm, step: int, values: dict[str, float]) -> None:
+    """On the bar, or where the output is no terminal, as a line."""
+    if not bar.disable:
+      bar.set_postfix_str(_progress(values), refresh=False)
+      return
+    seconds_left = (self.num_steps - step) * self.batch_size / values["images_per_second"]
+    time_left = tqdm.tqdm.format_interval(seconds_left)
+    logging.info("step %d/%d, %s, %s left", step, self.num_steps, _progress(values), time_left)
+
+
+def _progress_bar(start: int, num_steps: int) -> tqdm.tqdm:
+  """Fits into 80 columns with the text of `_progress`; none where stderr is no terminal."""
+  layout = "{l_bar}{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+  return tqdm.tqdm(
+    total=num_steps, initial=start, bar_format=layout, dynamic_ncols=True, mininterval=1, smoothing=0.1, disable=None
+  )
 
 
 def _check_finite(state: TrainState, unchecked: collections.deque) -> None:
@@ -91,7 +109,7 @@ def _check_finite(state: TrainState, unchecked: collections.deque) -> None:
 def _progress(values: dict[str, float]) -> str:
   return (
     f"loss {values['loss']:.4f}, lr {values['lr']:.1e}, {values['images_per_second']:.0f} images/s,"
-    f" {values['percent_waiting']:.0f}% waiting for data"
+    f" {values['percent_waiting']:.0f}% waiting"
   )
 
 

@@ -22,7 +22,7 @@ class MetricWriter:
     self.rows = read_rows(workdir)
     if path.exists():
       _cut_half_line(path)
-    self._file = path.open("a")
+    self._path = path
     self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
 
   def write(self, step: int, values: dict[str, Any]) -> None:
@@ -31,8 +31,8 @@ class MetricWriter:
       return
     row = {"step": step, **values}
     self.rows.append(row)
-    self._file.write(json.dumps(row) + "\n")
-    self._file.flush()
+    with self._path.open("a") as file:
+      file.write(json.dumps(row) + "\n")
     for name, value in values.items():
       if isinstance(value, (int, float)):
         self._tensorboard.add_scalar(name, value, step)
@@ -48,7 +48,6 @@ class MetricWriter:
     return [step for step, _ in pairs], [value for _, value in pairs]
 
   def close(self) -> None:
-    self._file.close()
     self._tensorboard.close()
 
 

@@ -48,7 +48,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
   def update(updates, state, params=None):
     del params
-    factor = jnp.minimum(1.0, max_norm / (optax.global_norm(updates) + _CLIP_EPS))
+    factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + _CLIP_EPS))
     return jax.tree.map(lambda g: g * factor, updates), state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -39,7 +39,7 @@ def apply_gradients(
   Returns:
     The new state, and the global norm of the gradients before clipping.
   """
-  grad_norm = optax.global_norm(grads)
+  grad_norm = optax.tree.norm(grads)
   is_good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (state.nonfinite_step == NEVER)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   updated = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)

@@ -48,15 +48,16 @@ def test_orders_differ_by_more_than_the_tolerance():
 def test_jitter_is_a_function_of_each_images_own_key():
   images = to_unit(jnp.stack([jnp.asarray(IMAGE)] * 6))
   keys = jax.random.split(jax.random.key(0), 6)
-  together = color_jitter(keys, images, 0.4)
+  jitter = jax.jit(lambda keys, images: color_jitter(keys, images, 0.4))
+  together = jitter(keys, images)
   assert len({np.asarray(image).tobytes() for image in together}) == 6
-  alone = color_jitter(keys[4:5], images[4:5], 0.4)
-  np.testing.assert_allclose(together[4:5], alone, rtol=0, atol=1e-6)  # measured 0
+  alone = jitter(keys[4:5], images[4:5])
+  np.testing.assert_allclose(together[4:5], alone, rtol=0, atol=5e-7)  # measured 6e-8
   assert together.min() >= 0
   assert together.max() <= 1
 
 
-def test_jitter_draws_every_order_and_the_whole_range():
+def test_jitter_draws_the_whole_range():
   """A grey ramp shows brightness and contrast: their product is the slope where nothing clips."""
   ramp = jnp.broadcast_to(jnp.linspace(0.4, 0.5, 64)[None, :, None], (2, 64, 3))
   keys = jax.random.split(jax.random.key(1), 2000)
@@ -70,10 +71,23 @@ def test_jitter_draws_every_order_and_the_whole_range():
   assert 1.8 < slopes.max() <= 1.96 + 1e-5
 
 
+def test_jitter_draws_its_order():
+  """One black and one white pixel: brightened (clips white), then less contrast, their sum is 1, and in no other way.
+
+  Half of the images get a factor of brightness over 1, half one of contrast below 1, half this order.
+  """
+  image = jnp.stack([jnp.zeros((1, 3)), jnp.ones((1, 3))])
+  images = jnp.broadcast_to(image, (4000, 2, 1, 3))
+  jittered = jax.jit(lambda keys: color_jitter(keys, images, 0.4))(jax.random.split(jax.random.key(2), 4000))
+  black, white = np.asarray(jittered)[..., 0, 0].T
+  fraction = np.mean((black > 1e-4) & (abs(black + white - 1) < 1e-6))
+  assert fraction == pytest.approx(1 / 8, abs=4 * (1 / 8 * 7 / 8 / 4000) ** 0.5)
+
+
 def test_zero_strength_changes_nothing():
   images = to_unit(jnp.asarray(IMAGE)[None])
-  result = color_jitter(jax.random.split(jax.random.key(0), 1), images, 0.0)
-  np.testing.assert_allclose(result, images, rtol=0, atol=5e-7)  # measured below
+  result = jax.jit(color_jitter)(jax.random.split(jax.random.key(0), 1), images, 0.0)
+  np.testing.assert_allclose(result, images, rtol=0, atol=5e-7)  # measured 6e-8
 
 
 def test_normalize_takes_bytes_and_unit_floats():
@@ -82,4 +96,4 @@ def test_normalize_takes_bytes_and_unit_floats():
   for images in (jnp.asarray(IMAGE), to_unit(jnp.asarray(IMAGE))):
     actual = normalize(images, mean, std)
     assert actual.dtype == jnp.float32
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6)  # measured below
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6)  # measured 3.2e-7

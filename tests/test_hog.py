@@ -49,11 +49,11 @@ def test_tokens_equal_scikit_image(patch_size, cells, size):
   tokens = jax.jit(teacher.apply)({}, images)
   expected = reference(image, patch_size, cells)
   assert tokens.shape == (2, len(expected), teacher.out_dim)
-  np.testing.assert_allclose(tokens[1].reshape(expected.shape), expected, rtol=0, atol=1e-6)  # measured 1.6e-7
+  np.testing.assert_allclose(tokens[1].reshape(expected.shape), expected, rtol=0, atol=1e-6)  # measured 1.7e-7
 
 
 def test_flat_images_give_zeros_not_nan():
-  tokens = HogTeacher(8).apply({}, np.full((1, 16, 16, 3), 0.4, np.float32))
+  tokens = jax.jit(HogTeacher(8).apply)({}, np.full((1, 16, 16, 3), 0.4, np.float32))
   np.testing.assert_array_equal(tokens, 0)
 
 

@@ -9,6 +9,8 @@ import numpy as np
 from dtm_jax.convert.state_dict import StateDict, dense, layer_norm, patch_kernel
 from dtm_jax.errors import InputError
 
+# Beside the weights in folders of Hugging Face and of open_clip.
+CONFIG_FILES = ("config.json", "open_clip_config.json")
 HEAD_WIDTH = 64  # of every CLIP vision transformer that OpenAI released
 # The text tower and what belongs to neither tower.
 _OPENAI_IGNORABLE = (
@@ -100,23 +102,37 @@ def _hugging_face_block(weights: StateDict, name: str, width: int) -> dict:
   }
 
 
-def check_hugging_face_config(file: pathlib.Path, sizes: dict) -> None:
-  """Compares what shapes do not show with the `config.json` beside a weights file, where there is one.
+def check_config(folder: pathlib.Path, sizes: dict) -> None:
+  """Compares what shapes do not show with the model's config files, where there are any.
+
+  Args:
+    folder: Where the weights lie.
+    sizes: What `convert_openai` or `convert_hugging_face` gave.
 
   Raises:
     InputError: the weights would fit, and compute something else.
   """
+  expected = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": sizes["heads"]}
+  expected |= {"head_width": HEAD_WIDTH, "quick_gelu": True}
+  for file in (folder / name for name in CONFIG_FILES):
+    stated = _architecture(file)
+    for name, value in expected.items():
+      if name in stated and stated[name] != value:
+        raise InputError(f"{file} says {name} {stated[name]!r}; only towers like OpenAI's ({value!r}) can be teachers")
+
+
+def _architecture(file: pathlib.Path) -> dict:
+  """The settings of the vision tower in a config file; {} where there is no such file."""
   try:
     config = json.loads(file.read_text())
+    if file.name == "open_clip_config.json":
+      # open_clip leaves this out where the activation is the exact GELU.
+      return {"quick_gelu": False} | config["model_cfg"] | config["model_cfg"]["vision_cfg"]
+    return config.get("vision_config", config)  # a tower saved alone has no section
   except FileNotFoundError:
-    return
-  except (OSError, ValueError) as error:
-    raise InputError(f"{file} is not readable JSON ({error}); download it again or take it away") from error
-  vision = config.get("vision_config", config)  # a tower saved alone has no section
-  expected = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": sizes["heads"]}
-  for name, value in expected.items():
-    if name in vision and vision[name] != value:
-      raise InputError(f"{file} says {name} {vision[name]!r}; only towers like OpenAI's ({value!r}) can be teachers")
+    return {}
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise InputError(f"{file} is not the config of a CLIP model ({error!r}); download it again, or move it") from error
 
 
 def _sizes(weights: StateDict, patch_name: str, position_name: str) -> dict:

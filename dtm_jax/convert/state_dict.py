@@ -51,7 +51,10 @@ def read_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:
     except (safetensors.SafetensorError, OSError, ValueError) as error:
       raise InputError(f"{path} is truncated or not a safetensors file ({error})") from error
   else:
-    tensors = _flatten(read_torch(path))
+    try:
+      tensors = _flatten(read_torch(path))
+    except RecursionError as error:
+      raise InputError(f"{path} is refused: its containers hold themselves") from error
   if not tensors:
     raise InputError(f"{path} holds no named tensors: not the weights of a model")
   if all(name.startswith("module.") for name in tensors):  # saved from DistributedDataParallel
@@ -118,7 +121,7 @@ class StateDict:
       self._misshapen.append(f"{name} {list(tensor.shape)} instead of {list(shape)}")
     else:
       return np.array(tensor, np.float32)
-    return np.zeros(shape, np.float32)
+    return np.broadcast_to(np.float32(0), shape)  # takes no memory, whatever sizes a damaged file gives
 
   def check(self, ignorable: Iterable[str]) -> None:
     """Accounts for every name.

@@ -140,8 +140,8 @@ class _Unpickler(pickle.Unpickler):
       return lambda *arguments: _tensor(*arguments)
     if (module, name) == ("torch._utils", "_rebuild_parameter"):
       return lambda tensor, *_: tensor
-    if module == "torch.jit._pickle" and name.startswith("build_"):
-      return lambda items: items
+    if module == "torch.jit._pickle":  # TorchScript's lists, each with a type that does not matter here
+      return lambda items, *_: items
     if (module, name) == ("torch", "Size"):
       return lambda items: tuple(items)
     if module == "torch" and name in _DTYPES:

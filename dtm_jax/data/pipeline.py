@@ -131,10 +131,11 @@ class BadImageMonitor:
     """
     for index in sorted({*indices[indices >= 0].tolist()} - self._seen):
       self._seen.add(index)
-      logging.warning("unreadable image skipped: %s", self._source.name(index))
+      name = self._source.name(index)
+      logging.warning("unreadable image skipped: %s", name)
       if self.count > self._allowed:
         raise InputError(
-          f"{self.count} unreadable images, the last one {self._source.name(index)}, are over the {self._allowed} allowed;"
+          f"{name} is unreadable image number {self.count}, and {self._allowed} are allowed;"
           " repair them or raise config.data.max_bad_fraction"
         )
 
@@ -238,7 +239,9 @@ def _run(batches: grain.MapDataset, num_workers: int) -> Generator[dict[str, np.
       flags.FLAGS.mark_as_parsed()
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_init_worker)
   with contextlib.closing(iter(dataset)) as iterator:
-    yield from iterator
+    for batch in iterator:
+      # Workers send views of shared memory: scarce, and not to be aliased by a device array.
+      yield {name: np.array(value) for name, value in batch.items()}
 
 
 def _init_worker(worker_index: int, worker_count: int) -> None:

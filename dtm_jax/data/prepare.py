@@ -22,9 +22,11 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import pathlib
 import re
 import shutil
+import struct
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -116,12 +118,11 @@ def _read_idx(path: pathlib.Path, magic: int) -> np.ndarray:
     raise InputError(f"{path} is missing; put all four IDX files into that folder") from error
   except (OSError, EOFError, zlib.error) as error:
     raise InputError(f"{path} cannot be read ({error}); fetch it again") from error
-  axes = magic & 0xFF
-  header = np.frombuffer(data[: 4 * (1 + axes)], ">u4")
-  values = np.frombuffer(data, np.uint8, offset=header.nbytes)
-  if len(header) != 1 + axes or header[0] != magic or values.size != np.prod(header[1:], dtype=np.int64):
-    raise InputError(f"{path} is no whole IDX file of {axes} axes; fetch it again")
-  return values.reshape(header[1:])
+  header = struct.Struct(f">{1 + (magic & 0xFF)}I")  # the last byte of the magic number counts the axes
+  found, *shape = header.unpack(data[: header.size]) if len(data) >= header.size else (None,)
+  if found != magic or len(data) - header.size != math.prod(shape):
+    raise InputError(f"{path} is no whole IDX file of {magic & 0xFF} axes; fetch it again")
+  return np.frombuffer(data, np.uint8, offset=header.size).reshape(shape)
 
 
 def prepare(splits: Mapping[str, sources.Source], out: pathlib.Path, name: str) -> pathlib.Path:
@@ -219,10 +220,13 @@ def _write_shards(
     for shard in missing:
       unfinished = folder / f".{shard.file_name}"
       writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")  # for random access
-      for index in range(shard.start, shard.stop):
-        writer.write(_serialize(splits[shard.split], index, features))
-        progress.update()
-      writer.close()
+      try:
+        for index in range(shard.start, shard.stop):
+          writer.write(_serialize(splits[shard.split], index, features))
+          progress.update()
+        writer.close()
+      except RuntimeError as error:  # what ArrayRecord makes of a full disk
+        raise OSError(str(error)) from error
       unfinished.rename(folder / shard.file_name)
 
 

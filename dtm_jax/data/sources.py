@@ -57,7 +57,7 @@ def open_source(config: DataConfig, split: str) -> Source:
     case "tfds":
       return TfdsSource(_tfds_builder(config.name, config.path), split_name)
     case "folder":
-      return open_folder(pathlib.Path(config.path), split, split_name)
+      return _open_folder(config, split)
     case "synthetic":
       return SyntheticSource(split)
   raise ValueError(f"unknown source {config.source!r}")
@@ -79,7 +79,9 @@ class TfdsSource:
     features, splits = builder.info.features, builder.info.splits
     self._name = f"{builder.name}/{split}"
     if split.partition("[")[0] not in splits:
-      raise InputError(f"{builder.name} has no split {split!r}; set the split in config.data to one of {', '.join(splits)}")
+      raise InputError(
+        f"{builder.name} has no split {split!r}; set the split in config.data to one of {', '.join(splits)}"
+      )
     if "image" not in features:
       raise InputError(f"{builder.name} has no feature 'image', only {', '.join(features)}; choose an image data set")
     self._has_label = "label" in features
@@ -108,10 +110,15 @@ def _tfds_builder(name: str, data_dir: str):
   try:
     return read_only_builder.builder_from_files(name, data_dir=data_dir or None)
   except tfds.core.DatasetNotFoundError as error:
-    if name.partition("/")[0] in tfds.list_builders():
+    if name.partition("/")[0].partition(":")[0] in tfds.list_builders(with_community_datasets=False):
       raise InputError(_not_array_record(name)) from error
     where = data_dir or tfds.core.constants.DATA_DIR
-    raise InputError(f"no TFDS data set {name!r} under {where}, and TFDS does not know the name; see config.data") from error
+    raise InputError(
+      f"no TFDS data set {name!r} under {where}, and TFDS does not know the name; see config.data"
+    ) from error
+  except ValueError as error:
+    reason = str(error).partition("\n")[0]
+    raise InputError(f"config.data.name={name!r} and path={data_dir!r} name no one TFDS data set: {reason}") from error
 
 
 def _not_array_record(name: str) -> str:
@@ -142,22 +149,16 @@ class FolderSource:
     return self._paths[index]
 
 
-def open_folder(root: pathlib.Path, split: str, split_name: str) -> FolderSource:
-  """A folder per class, or a flat folder, whose labels are NO_LABEL.
-
-  With a subfolder named after the split, that is the split. Otherwise every
-  tenth image in sorted order is for evaluation and the others are for training.
-
-  Args:
-    root: the folder.
-    split: "train" or "eval".
-    split_name: what a subfolder for this split is called.
-
-  Raises:
-    InputError: no such folder, no images, an empty class folder.
-  """
-  if (root / split_name).is_dir():
-    return FolderSource(*list_images(root / split_name))
+def _open_folder(config: DataConfig, split: str) -> FolderSource:
+  """The subfolder named after the split; without any such, every tenth image in sorted order is for evaluation."""
+  root = pathlib.Path(config.path)
+  names = {"train": config.train_split, "eval": config.eval_split}
+  if any((root / name).is_dir() for name in names.values()):
+    if not (root / names[split]).is_dir():
+      raise InputError(
+        f"{root} has no subfolder {names[split]!r}; set config.data.{split}_split to the one that is meant"
+      )
+    return FolderSource(*list_images(root / names[split]))
   paths, labels, class_names = list_images(root)
   held_out = np.arange(len(paths)) % _HOLD_OUT_EVERY == 0
   chosen = np.flatnonzero(held_out if split == "eval" else ~held_out)
@@ -167,13 +168,15 @@ def open_folder(root: pathlib.Path, split: str, split_name: str) -> FolderSource
 
 
 def list_images(root: pathlib.Path) -> tuple[list[str], np.ndarray, list[str] | None]:
-  """Image files by suffix, sorted by class and name; hidden files and other files are passed over.
+  """Image files of a folder per class, or of a flat folder, sorted by class and name.
+
+  What is an image goes by the suffix; hidden and other files are passed over.
 
   Returns:
     Paths, labels int64, class names; for a flat folder all labels are NO_LABEL and the names None.
 
   Raises:
-    InputError: see `open_folder`.
+    InputError: no such folder, no images, an empty class folder, images beside class folders.
   """
   classes, flat = _scan(root)
   if classes and flat:
@@ -196,9 +199,11 @@ def _scan(folder: pathlib.Path) -> tuple[list[str], list[str]]:
     with os.scandir(folder) as scan:
       entries = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda entry: entry.name)
   except OSError as error:
-    raise InputError(f"cannot read the image folder {folder}: {error.strerror}; check config.data.path") from error
+    raise InputError(f"cannot read the image folder {folder}: {error.strerror}; check the path") from error
   folders = [entry.path for entry in entries if entry.is_dir()]
-  images = [entry.path for entry in entries if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and entry.is_file()]
+  images = [
+    entry.path for entry in entries if pathlib.Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and entry.is_file()
+  ]
   return folders, images
 
 

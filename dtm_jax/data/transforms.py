@@ -12,12 +12,14 @@ try:
 except ImportError:  # no wheel for this machine: Pillow has the same filter, several times slower
   cykooz_resizer = None
 
+RESAMPLER = "Pillow" if cykooz_resizer is None else "cykooz_resizer"
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 _CROP_TRIES = 10  # torchvision's
 _EVAL_RESIZE = 256 / 224  # shorter side after resizing over the size of the centre crop
+_DCT_SCALES = (1, 2, 4, 8)
 _REDUCING_GAP = 2.0  # box-average to this many times the output before the bicubic filter
-_DECODE_ERRORS = (
+_DECODE_ERRORS = (  # what Pillow raises on damaged files, by format and kind of damage
   OSError,
   SyntaxError,
   ValueError,
@@ -150,13 +152,11 @@ def _decode(image: Image.Image, box: Box, size: int) -> tuple[Image.Image, Box]:
   Returns:
     The image in a mode that can be resampled, and the box in its pixels.
   """
-  width, height = image.size
-  # Pillow takes the largest DCT scale s (1, 2, 4 or 8) with full // wanted >= s on both axes.
-  shrink = max(1.0, min((box[2] - box[0]) / size, (box[3] - box[1]) / size))
-  drafted = image.draft("RGB", (math.ceil(width / shrink), math.ceil(height / shrink)))
-  if drafted is not None:
-    scale = drafted[1][2] / width
-    box = (box[0] * scale, box[1] * scale, box[2] * scale, box[3] * scale)
+  shrink = min((box[2] - box[0]) / size, (box[3] - box[1]) / size)
+  scale = max(scale for scale in _DCT_SCALES if scale <= max(shrink, 1))
+  # Pillow decodes at the largest of these scales that leaves the size it is asked for.
+  if image.draft("RGB", (image.width // scale, image.height // scale)) is not None:
+    box = (box[0] / scale, box[1] / scale, box[2] / scale, box[3] / scale)
   image.load()
   return _to_8_bit_color(image), box
 

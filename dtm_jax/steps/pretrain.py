@@ -13,16 +13,23 @@ from dtm_jax.config import Config
 from dtm_jax.losses import dtm_loss, normalize_tokens, token_loss
 from dtm_jax.models.vit import ViT
 from dtm_jax.morphing import sample_schedule
+from dtm_jax.optim import Schedule
 from dtm_jax.teachers import Teacher
 from dtm_jax.train_state import TrainState, apply_gradients, image_keys, stream_key
 
 Rows = dict[str, jax.Array]  # arrays whose leading axis is the (micro-)batch
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Any, Rows], tuple[TrainState, Metrics]]
+Draw = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def make_train_step(
-  config: Config, student: ViT, teacher: Teacher, optimizer: optax.GradientTransformation, schedule: Callable
+  config: Config,
+  student: ViT,
+  teacher: Teacher,
+  optimizer: optax.GradientTransformation,
+  schedule: Schedule,
+  draw: Draw,
 ) -> TrainStep:
   """Builds the pure function of one optimiser step.
 
@@ -32,6 +39,7 @@ def make_train_step(
     teacher: gives the targets [B, N, D]; its parameters are an argument of the step.
     optimizer: changes the student's parameters.
     schedule: learning rate of a step, for the metrics.
+    draw: merges and iterations of a step; `functools.partial(draw_schedules, config)` in training.
 
   Returns:
     `(state, teacher_params, batch) -> (state, metrics)`, to be jitted. `batch`
@@ -42,7 +50,7 @@ def make_train_step(
   loss = make_loss(config, student, teacher)
 
   def train_step(state, teacher_params, batch):
-    merges, iterations = draw_schedules(config, state.step)
+    merges, iterations = draw(state.step)
     rows = batch | _row_keys(config, state.step)
     shared = {}
     (rows if merges.ndim == 2 else shared).update(merges=merges, iterations=iterations)

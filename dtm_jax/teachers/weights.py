@@ -6,6 +6,7 @@ import re
 
 from absl import logging
 
+from dtm_jax.convert.clip import CONFIG_FILES
 from dtm_jax.convert.state_dict import WEIGHTS_FILES, weights_file
 from dtm_jax.errors import InputError
 
@@ -41,7 +42,8 @@ def _from_hub(name: str) -> pathlib.Path:
     cached = huggingface_hub.try_to_load_from_cache(name, file)
     if isinstance(cached, str):
       return pathlib.Path(cached)
-  _fetch(name, "config.json")  # `load_torch` looks for it beside the weights
+  for file in CONFIG_FILES:  # `load_torch` looks for them beside the weights
+    _fetch(name, file)
   for file in WEIGHTS_FILES:
     fetched = _fetch(name, file)
     if fetched is not None:

@@ -65,18 +65,20 @@ def prepared_builder(data_dir: str) -> DtmDigits:
   folder = pathlib.Path(data_dir) if data_dir else _user_cache() / "dtm_jax"
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    builder = DtmDigits(data_dir=folder, file_format="array_record")
-    if not builder.is_prepared():
-      _prepare(builder, folder / ".dtm_digits.lock")
-  except OSError as error:
-    raise InputError(f"cannot write the digits to {folder} ({error}); set config.data.path to another folder") from error
-  return builder
+    if not _open(folder).data_path.exists():
+      with (folder / ".dtm_digits.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one writes, and the others find it done
+        _open(folder).download_and_prepare()
+  except (OSError, RuntimeError) as error:  # ArrayRecord makes a full disk a RuntimeError
+    raise InputError(
+      f"cannot write the digits to {folder} ({error}); set config.data.path to another folder"
+    ) from error
+  return _open(folder)
 
 
-def _prepare(builder: DtmDigits, lock_path: pathlib.Path) -> None:
-  with lock_path.open("w") as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one writes, and the others find it done
-    builder.download_and_prepare()
+def _open(folder: pathlib.Path) -> DtmDigits:
+  """A builder sees what is prepared when it is made, not later."""
+  return DtmDigits(data_dir=folder, file_format="array_record")
 
 
 def _user_cache() -> pathlib.Path:

@@ -1,0 +1,60 @@
+"""Runs as a user starts them: the miniature of the quickstart, in a process of its own."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMOKE = f"--config={ROOT}/configs/quickstart.py:smoke"
+# Not what a run computes, but how fast it did.
+_TIMES = ("images_per_second", "percent_waiting")
+
+
+def options(workdir: pathlib.Path, **settings) -> list[str]:
+  """Of a run without k-NN and pictures; `run__steps=3` sets config.run.steps."""
+  quick = {"eval__knn": False, "eval__figure_images": 0} | settings
+  return [SMOKE, f"--workdir={workdir}", *(f"--config.{k.replace('__', '.')}={v}" for k, v in quick.items())]
+
+
+def start(arguments: list[str], cache: pathlib.Path, *, devices: int = 1, prefix: tuple[str, ...] = ()):
+  """A process of `dtm_jax.main` on so many CPU devices; standard error is piped, as text."""
+  environment = os.environ | {
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "PYTHONPATH": str(ROOT),
+  }
+  command = [*prefix, sys.executable, "-m", "dtm_jax.main", *arguments]
+  return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+  """Exit code and standard error."""
+  _, stderr = process.communicate()
+  return process.returncode, stderr
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen) -> None:
+  """Returns as soon as the condition holds; fails where the process ends before."""
+  while not condition():
+    assert process.poll() is None, process.stderr.read()
+    time.sleep(0.001)
+
+
+def rows(workdir: pathlib.Path) -> list[dict]:
+  """All lines of metrics.jsonl, without how fast the steps were."""
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return [{name: value for name, value in line.items() if name not in _TIMES} for line in lines]
+
+
+def summary(workdir: pathlib.Path) -> dict:
+  return json.loads((workdir / "summary.json").read_text())
+
+
+def checkpoints(workdir: pathlib.Path) -> list[int]:
+  """Steps whose checkpoints are complete."""
+  return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())

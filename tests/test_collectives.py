@@ -1,0 +1,90 @@
+"""What devices say to each other in a training step: gradients and metrics, never images or tokens."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from dtm_jax import config as config_lib
+from dtm_jax import experiment, sharding
+from dtm_jax.models.clip import ClipVision
+from dtm_jax.optim import create_optimizer
+from dtm_jax.steps.pretrain import draw_schedules, make_train_step
+from dtm_jax.teachers import ClipTeacher
+from dtm_jax.train_state import create_train_state
+
+NUM_DEVICES = 8
+MOVES_TOKENS = ("all-gather", "all-to-all", "collective-permute", "collective-broadcast", "reduce-scatter")
+TOWER = ClipVision(patch_size=16, width=64, depth=1, heads=1, grid=(4, 4), out_dim=24)
+
+
+def make_config(**changes) -> config_lib.Config:
+  """A tiny run with all that is random on the device; `changes` by dotted name, double underscores for dots."""
+  config = config_lib.smoke(config_lib.base())
+  config.data.batch_size = 2 * NUM_DEVICES
+  config.model.drop_path = 0.5
+  config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+  return config_lib.resolve(config)
+
+
+def make_inputs(config: config_lib.Config):
+  """The step, and its arguments on the host."""
+  teacher = ClipTeacher(TOWER, config.data.mean, config.data.std, weights_sha256="")
+  student = experiment.create_student(config, teacher.out_dim).clone(depth=2)
+  optimizer = create_optimizer(config.optim, schedule := lambda step: 1e-3)
+  step = make_train_step(config, student, teacher, optimizer, schedule, functools.partial(draw_schedules, config))
+  rng, size = np.random.default_rng(0), config.data.image_size
+  batch = {
+    "image": rng.integers(256, size=(config.data.batch_size, size, size, 3), dtype=np.uint8),
+    "mask": rng.random((config.data.batch_size, config.num_tokens)) < 0.5,
+  }
+  state = jax.jit(lambda: create_train_state(experiment.init_params(config, student), optimizer))()
+  teacher_params = jax.jit(TOWER.init)(jax.random.key(1), np.zeros((1, size, size, 3), np.float32))["params"]
+  return step, jax.device_get((state, teacher_params)) + (batch,)
+
+
+def compile_on(num_devices: int, step, inputs):
+  """The step as a run compiles it, for the first devices."""
+  mesh = jax.make_mesh((num_devices, 1, 1), sharding.MESH_AXES, devices=jax.devices()[:num_devices])
+  replicated, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+  jitted = jax.jit(step, in_shardings=(replicated, replicated, split), out_shardings=replicated)
+  return jitted.lower(*inputs).compile()
+
+
+def losses(compiled, inputs, num_steps: int = 3) -> list[float]:
+  state, teacher_params, batch = inputs
+  values = []
+  for _ in range(num_steps):
+    arguments = jax.device_put((state, teacher_params, batch), compiled.input_shardings[0])
+    state, metrics = compiled(*arguments)
+    values.append(float(metrics["loss"]))
+  return values
+
+
+def computations_with(operation: str, hlo: str) -> list[str]:
+  """First line of each HLO computation in which `operation` occurs."""
+  return [text.lstrip().splitlines()[0] for text in hlo.split("\n\n") if re.search(rf" {operation}(-start)?\(", text)]
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    {"morphing__granularity": "image", "morphing__split": "random", "morphing__loss_on": "masked"},
+    {"optim__accumulate_steps": 2},
+  ],
+  ids=str,
+)
+def test_devices_exchange_gradients_and_never_tokens(changes):
+  step, inputs = make_inputs(make_config(**changes))
+  compiled = compile_on(NUM_DEVICES, step, inputs)
+  hlo = compiled.as_text()
+  assert {operation: computations_with(operation, hlo) for operation in MOVES_TOKENS} == dict.fromkeys(MOVES_TOKENS, [])
+  # Gradients are summed at the end of a (micro-)batch, not in the loops of morphing.
+  summed_in = computations_with("all-reduce", hlo)
+  assert len(summed_in) == 1
+  assert summed_in[0].startswith("ENTRY") or changes.get("optim__accumulate_steps")
+  one_device = compile_on(1, step, inputs)
+  np.testing.assert_allclose(losses(compiled, inputs), losses(one_device, inputs), rtol=0, atol=1e-6)

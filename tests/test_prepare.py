@@ -1,0 +1,268 @@
+import gzip
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from dtm_jax.config import DataConfig
+from dtm_jax.data import prepare, sources
+from dtm_jax.errors import InputError
+
+NUM_IMAGES = {"train": 20, "t10k": 5}
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+  monkeypatch.setattr(prepare, "_SHARD_EXAMPLES", 8)
+
+
+def idx_arrays(prefix: str) -> tuple[np.ndarray, np.ndarray]:
+  rng = np.random.default_rng(len(prefix))
+  count = NUM_IMAGES[prefix]
+  return rng.integers(256, size=(count, 6, 5), dtype=np.uint8), rng.permutation(count).astype(np.uint8) % 10
+
+
+def write_idx(path: pathlib.Path, array: np.ndarray) -> None:
+  header = bytes([0, 0, 8, array.ndim]) + b"".join(length.to_bytes(4, "big") for length in array.shape)
+  path.write_bytes(gzip.compress(header + array.tobytes()))
+
+
+@pytest.fixture
+def idx_folder(tmp_path) -> pathlib.Path:
+  folder = tmp_path / "My-Digits"
+  folder.mkdir()
+  for prefix in NUM_IMAGES:
+    images, labels = idx_arrays(prefix)
+    write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", images)
+    write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels)
+  return folder
+
+
+def image_folder(root: pathlib.Path, classes=("ant", "bee"), count: int = 9) -> pathlib.Path:
+  rng = np.random.default_rng(0)
+  for name in classes:
+    (root / name).mkdir(parents=True)
+    for i in range(count):
+      Image.fromarray(rng.integers(256, size=(7, 8, 3), dtype=np.uint8)).save(root / name / f"{i}.jpg")
+  return root
+
+
+def open_split(out: pathlib.Path, name: str, split: str = "train") -> sources.Source:
+  return sources.open_source(DataConfig(source="tfds", name=name, path=str(out), train_split=split), "train")
+
+
+def run(*arguments: object) -> int:
+  return prepare.main([str(argument) for argument in arguments])
+
+
+def assert_one_line(text: str, *parts: str) -> None:
+  line = text.rpartition("\r")[2].strip().rpartition("\n")[2]  # what follows the progress bar
+  assert line.startswith("error: ")
+  for part in parts:
+    assert part in line
+  assert "Traceback" not in text
+
+
+def test_idx_files_become_a_tfds_data_set(idx_folder, tmp_path, capsys):
+  out = tmp_path / "out"
+  assert run(idx_folder, f"--out={out}") == 0
+  assert "--config.data.name=my_digits" in capsys.readouterr().out
+  for split, prefix in (("train", "train"), ("test", "t10k")):
+    source, (images, labels) = open_split(out, "my_digits", split), idx_arrays(prefix)
+    assert len(source) == len(images)
+    assert [source[i].label for i in range(len(source))] == labels.tolist()
+    decoded = [np.asarray(Image.open(io.BytesIO(source[i].image))) for i in range(len(source))]
+    np.testing.assert_array_equal(decoded, images)
+  builder = tfds.builder_from_directory(out / "my_digits" / "1.0.0")
+  assert builder.info.splits["train"].num_examples == 20
+  assert builder.info.splits["train"].num_shards == 3
+
+
+def test_image_files_keep_their_bytes_and_classes(tmp_path):
+  root, out = image_folder(tmp_path / "insects"), tmp_path / "out"
+  assert run(root, f"--out={out}") == 0
+  source = open_split(out, "insects")
+  files = sorted(root.glob("*/*.jpg"))
+  assert [source[i].image for i in range(18)] == [path.read_bytes() for path in files]
+  assert [source[i].label for i in range(18)] == [0] * 9 + [1] * 9
+  builder = tfds.builder_from_directory(out / "insects" / "1.0.0")
+  assert builder.info.features["label"].names == ["ant", "bee"]
+
+
+def test_splits_and_flat_folders(tmp_path):
+  image_folder(tmp_path / "split" / "train")
+  image_folder(tmp_path / "split" / "validation", count=2)
+  assert run(tmp_path / "split", f"--out={tmp_path}", "--name=both") == 0
+  assert [len(open_split(tmp_path, "both", split)) for split in ("train", "validation")] == [18, 4]
+  flat = image_folder(tmp_path / "flat", classes=("",))
+  assert run(flat, f"--out={tmp_path}", "--name=plain") == 0
+  source = open_split(tmp_path, "plain")
+  assert (len(source), source.num_classes, source[0].label) == (9, None, -1)
+
+
+def break_after(monkeypatch, count: int) -> None:
+  """Makes the process fail when it would write example number `count`."""
+  written = []
+  serialize = prepare._serialize
+
+  def failing(*arguments):
+    if len(written) == count:
+      raise KeyboardInterrupt
+    written.append(None)
+    return serialize(*arguments)
+
+  monkeypatch.setattr(prepare, "_serialize", failing)
+
+
+def test_an_interrupted_run_goes_on_where_it_was(idx_folder, tmp_path, monkeypatch):
+  out = tmp_path / "out"
+  with monkeypatch.context() as patch:
+    break_after(patch, 19)  # in the third shard of `train`
+    with pytest.raises(KeyboardInterrupt):
+      run(idx_folder, f"--out={out}")
+  with pytest.raises(InputError):
+    open_split(out, "my_digits")
+  shards = sorted((out / "my_digits" / "incomplete.1.0.0").glob("my_digits*"))
+  assert len(shards) == 2
+  written_at = [path.stat().st_mtime_ns for path in shards]
+  assert run(idx_folder, f"--out={out}") == 0
+  finished = [out / "my_digits" / "1.0.0" / path.name for path in shards]
+  assert [path.stat().st_mtime_ns for path in finished] == written_at
+  source, (_, labels) = open_split(out, "my_digits"), idx_arrays("train")
+  assert [source[i].label for i in range(20)] == labels.tolist()
+  assert [path.name for path in (out / "my_digits").iterdir() if not path.name.startswith(".")] == ["1.0.0"]
+  assert not list(finished[0].parent.glob(".*"))
+
+
+def test_an_interrupted_run_on_other_files_starts_again(tmp_path, monkeypatch):
+  root, out = image_folder(tmp_path / "insects"), tmp_path / "out"
+  with monkeypatch.context() as patch:
+    break_after(patch, 10)
+    with pytest.raises(KeyboardInterrupt):
+      run(root, f"--out={out}")
+  (root / "ant" / "0.jpg").unlink()
+  assert run(root, f"--out={out}") == 0
+  source = open_split(out, "insects")
+  assert [source[i].image for i in range(17)] == [path.read_bytes() for path in sorted(root.glob("*/*.jpg"))]
+
+
+def test_a_finished_data_set_is_left_alone(idx_folder, tmp_path):
+  assert run(idx_folder, f"--out={tmp_path}") == 0
+  info = tmp_path / "my_digits" / "1.0.0" / "dataset_info.json"
+  written_at = info.stat().st_mtime_ns
+  assert run(idx_folder, f"--out={tmp_path}") == 0
+  assert info.stat().st_mtime_ns == written_at
+
+
+def test_two_writers_of_one_data_set(idx_folder, tmp_path, capsys):
+  (tmp_path / "my_digits").mkdir()
+  with prepare._only_one_writer(tmp_path / "my_digits"):
+    assert run(idx_folder, f"--out={tmp_path}") == 2
+  assert_one_line(capsys.readouterr().err, "another process is preparing")
+
+
+def damage(folder: pathlib.Path, how: str) -> None:
+  path = folder / "t10k-images-idx3-ubyte.gz"
+  match how:
+    case "missing":
+      path.unlink()
+    case "truncated gzip":
+      path.write_bytes(path.read_bytes()[:-20])
+    case "truncated array":
+      path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-1]))
+    case "header only":
+      path.write_bytes(gzip.compress(b"\0\0\x08"))
+    case "not gzip":
+      path.write_bytes(b"nothing of the kind")
+    case "floats":
+      path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()).replace(b"\x08", b"\x0d", 1)))
+    case "labels":
+      path.write_bytes((folder / "t10k-labels-idx1-ubyte.gz").read_bytes())
+
+
+@pytest.mark.parametrize(
+  ("how", "message"),
+  [
+    ("missing", "is missing; put all four IDX files"),
+    ("truncated gzip", "cannot be read"),
+    ("truncated array", "no whole IDX file of 3 axes"),
+    ("header only", "no whole IDX file of 3 axes"),
+    ("not gzip", "cannot be read"),
+    ("floats", "no whole IDX file of 3 axes"),
+    ("labels", "no whole IDX file of 3 axes"),
+  ],
+)
+def test_damaged_idx_files(idx_folder, tmp_path, capsys, how, message):
+  damage(idx_folder, how)
+  assert run(idx_folder, f"--out={tmp_path / 'out'}") == 2
+  assert_one_line(capsys.readouterr().err, "t10k-images-idx3-ubyte.gz", message)
+  assert not (tmp_path / "out").exists()
+
+
+def test_images_without_labels(idx_folder, tmp_path, capsys):
+  write_idx(idx_folder / "train-labels-idx1-ubyte.gz", np.zeros(19, np.uint8))
+  assert run(idx_folder, f"--out={tmp_path}") == 2
+  assert_one_line(capsys.readouterr().err, "20 images but 19 labels")
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path, capsys):
+  root = image_folder(tmp_path / "insects")
+  (root / "bee" / "4.jpg").write_text("a note")
+  assert run(root, f"--out={tmp_path / 'out'}") == 2
+  assert_one_line(capsys.readouterr().err, f"{root}/bee/4.jpg is not an image", "remove or repair it")
+  assert not (tmp_path / "out" / "insects" / "1.0.0").exists()
+
+
+def test_folders_that_cannot_be_used(tmp_path, capsys):
+  assert run(tmp_path / "nonesuch", f"--out={tmp_path}") == 2
+  assert_one_line(capsys.readouterr().err, "nonesuch is not a folder")
+  root = image_folder(tmp_path / "insects")
+  (root / "wasp").mkdir()
+  assert run(root, f"--out={tmp_path}") == 2
+  assert_one_line(capsys.readouterr().err, "wasp has no images")
+  image_folder(tmp_path / "split" / "train")
+  image_folder(tmp_path / "split" / "test", classes=("ant",))
+  assert run(tmp_path / "split", f"--out={tmp_path}") == 2
+  assert_one_line(capsys.readouterr().err, "class folders", "differ")
+
+
+def test_names_that_tfds_would_not_find(tmp_path, capsys):
+  root = image_folder(tmp_path / "insects")
+  assert run(root, f"--out={tmp_path}", "--name=My-Set") == 2
+  assert_one_line(capsys.readouterr().err, "--name='My-Set' must be lower-case letters")
+
+
+def test_out_that_cannot_be_written(tmp_path, capsys):
+  root = image_folder(tmp_path / "insects")
+  (tmp_path / "file").write_text("")
+  assert run(root, f"--out={tmp_path / 'file'}") == 2
+  assert_one_line(capsys.readouterr().err, "cannot write the data set", "give another --out")
+
+
+LIMITED_RUN = """
+import resource, signal, sys
+from dtm_jax.data import prepare
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # as on a full disk, writing fails
+sys.exit(prepare.main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_as_a_command_of_its_own(tmp_path):
+  noise = np.random.default_rng(0).integers(256, size=(300, 300, 3), dtype=np.uint8)
+  root = image_folder(tmp_path / "insects")
+  Image.fromarray(noise).save(root / "ant" / "large.png")
+  command = [sys.executable, "-c", LIMITED_RUN, str(root), f"--out={tmp_path / 'out'}"]
+  environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+  result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+  assert result.returncode == 2
+  assert_one_line(result.stderr, "cannot write the data set", "free space")
+  assert not (tmp_path / "out" / "insects" / "1.0.0").exists()
+  assert json.loads((tmp_path / "out" / "insects" / "incomplete.1.0.0" / "source.json").read_text())

@@ -1,0 +1,179 @@
+"""The training step against a recorded PyTorch run, and its switches against each other."""
+
+import dataclasses
+import functools
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dtm_jax import config as config_lib
+from dtm_jax import experiment, sharding
+from dtm_jax.convert import load_torch
+from dtm_jax.convert.state_dict import StateDict
+from dtm_jax.convert.student import convert_student
+from dtm_jax.models.clip import ClipVision
+from dtm_jax.models.vit import ViT
+from dtm_jax.optim import create_optimizer
+from dtm_jax.steps.pretrain import draw_schedules, make_train_step
+from dtm_jax.teachers import ClipTeacher, PixelsTeacher
+from dtm_jax.train_state import NEVER, create_train_state, params_sha256
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def make_config(**changes) -> config_lib.Config:
+  """A tiny run; `changes` by dotted name, double underscores for dots."""
+  config = config_lib.smoke(config_lib.base())
+  config.model.patch_size = 8
+  config.data.image_size = 32
+  config.data.color_jitter = 0.0
+  config.model.drop_path = 0.0
+  config.teacher.kind = "pixels"
+  config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+  return config_lib.resolve(config)
+
+
+def random_batch(config: config_lib.Config) -> dict:
+  rng, data = np.random.default_rng(0), config.data
+  images = rng.integers(256, size=(data.batch_size, data.image_size, data.image_size, 3), dtype=np.uint8)
+  return {"image": images, "mask": rng.random((data.batch_size, config.num_tokens)) < 0.5}
+
+
+def run_steps(config: config_lib.Config, num_steps: int = 2, mesh_size: int | None = None):
+  """States and metrics after some steps on the same batch."""
+  teacher = PixelsTeacher(config.model.patch_size)
+  student = experiment.create_student(config, teacher.out_dim)
+  optimizer = create_optimizer(config.optim, schedule := lambda step: 1e-3)
+  draw = functools.partial(draw_schedules, config)
+  step = jax.jit(make_train_step(config, student, teacher, optimizer, schedule, draw))
+  batch = random_batch(config)
+  if mesh_size is not None:
+    mesh = jax.make_mesh((mesh_size,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:mesh_size])
+    batch = jax.device_put(batch, jax.NamedSharding(mesh, jax.P("data")))
+  state = jax.jit(lambda: create_train_state(experiment.init_params(config, student), optimizer))()
+  history = []
+  for _ in range(num_steps):
+    state, metrics = step(state, {}, batch)
+    history.append(jax.tree.map(float, metrics))
+  return state, history
+
+
+def test_ten_steps_equal_the_recorded_pytorch_run(golden):
+  trace = golden("pretrain_trajectory")
+  _, sizes, params = load_torch(GOLDEN / "student_tiny.pth")
+  _, clip_sizes, teacher_params = load_torch(GOLDEN / "clip_vision_tiny.pth")
+  config = config_lib.base()
+  config.data.update(batch_size=4, image_size=64, color_jitter=0.0, num_masked=24, mean=(0.0,) * 3, std=(1.0,) * 3)
+  config.model.update(patch_size=8, drop_path=0.0, dtype="float32")
+  config.morphing.budget = int(trace["budget"])
+  config.optim.update(betas=tuple(trace["betas"].tolist()), eps=float(trace["eps"]))
+  config.optim.update(weight_decay=float(trace["weight_decay"]), clip_norm=float(trace["max_grad_norm"]))
+  config = config_lib.resolve(config)
+
+  merges, iterations = jnp.asarray(trace["per_iteration"]), jnp.asarray(trace["iterations"])
+  rates = jnp.asarray(trace["lr"])
+  teacher = ClipTeacher(ClipVision(**clip_sizes), config.data.mean, config.data.std, "")
+  student = ViT(**sizes, layer_scale=0.1)
+  optimizer = create_optimizer(config.optim, schedule := lambda step: rates[step])
+  draw = lambda step: (merges[step], iterations[step])  # noqa: E731
+  step = jax.jit(make_train_step(config, student, teacher, optimizer, schedule, draw))
+  state = create_train_state(params, optimizer)
+  history = []
+  for images, mask in zip(trace["images_nchw"], trace["masks"], strict=True):
+    state, metrics = step(state, teacher_params, {"image": images.transpose(0, 2, 3, 1), "mask": mask})
+    history.append(metrics)
+  losses, norms = ([float(metrics[name]) for metrics in history] for name in ("loss", "grad_norm"))
+  np.testing.assert_allclose(losses, trace["losses"], rtol=3e-6)  # measured 3e-7; asked 1e-5
+  np.testing.assert_allclose(norms, trace["grad_norms"], rtol=1e-5)
+  final = {name.removeprefix("final/"): trace[name] for name in trace if name.startswith("final/")}
+  _, expected = convert_student(StateDict(final, GOLDEN / "pretrain_trajectory.npz"))
+  chex.assert_trees_all_close(state.params, expected, atol=5e-6)  # measured 5e-7; asked 2e-5
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    {"morphing__granularity": "image", "model__drop_path": 0.5},
+    {"morphing__granularity": "group", "morphing__group_size": 2, "data__color_jitter": 0.4},
+    {"morphing__split": "random", "morphing__loss_on": "masked"},
+    {"morphing__enabled": False},
+  ],
+  ids=str,
+)
+def test_micro_batches_equal_the_big_batch(changes):
+  whole, history = run_steps(make_config(**changes))
+  split, split_history = run_steps(make_config(optim__accumulate_steps=4, **changes))
+  assert history == [pytest.approx(metrics, rel=2e-5) for metrics in split_history]
+  chex.assert_trees_all_close(whole.params, split.params, atol=5e-5)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "image"])
+def test_eight_devices_equal_one(granularity):
+  config = make_config(morphing__granularity=granularity, model__drop_path=0.5, data__color_jitter=0.4)
+  one, history = run_steps(config)
+  eight, eight_history = run_steps(config, mesh_size=8)
+  assert history == [pytest.approx(metrics, rel=1e-5) for metrics in eight_history]
+  chex.assert_trees_all_close(one.params, eight.params, atol=5e-5)
+
+
+def test_draws_follow_granularity():
+  config = make_config(morphing__granularity="group", morphing__group_size=4, morphing__draws=3)
+  merges, iterations = draw_schedules(config, 5)
+  assert merges.shape == iterations.shape == (8, 3)
+  np.testing.assert_array_equal(iterations[:4], np.broadcast_to(iterations[0], (4, 3)))
+  assert (iterations[0] != iterations[4]).any() or (merges[0] != merges[4]).any()
+  assert draw_schedules(make_config(), 5)[0].shape == (2,)
+  many = jnp.stack([draw_schedules(make_config(), step)[1] for step in range(20)])
+  assert len(np.unique(many, axis=0)) > 10  # a new draw each step
+
+
+def test_seed_and_step_alone_decide_a_step():
+  config = make_config(morphing__split="random", model__drop_path=0.5, data__color_jitter=0.4)
+  digests = [params_sha256(run_steps(config)[0].params) for _ in range(2)]
+  other = params_sha256(run_steps(dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1)))[0].params)
+  assert digests[0] == digests[1] != other
+
+
+def test_state_stays_as_it_was_from_the_first_non_finite_step_on():
+  config = make_config()
+  teacher = PixelsTeacher(config.model.patch_size)
+  student = experiment.create_student(config, teacher.out_dim)
+  optimizer = create_optimizer(config.optim, schedule := lambda step: jnp.where(step == 1, jnp.nan, 1e-3))
+  step = jax.jit(make_train_step(config, student, teacher, optimizer, schedule, functools.partial(draw_schedules, config)))
+  state = create_train_state(experiment.init_params(config, student), optimizer)
+  batch = random_batch(config)
+  states = [state]
+  for _ in range(4):  # the rate at step 1 makes parameters that give no finite loss at step 2
+    state, _ = step(state, {}, batch)
+    states.append(state)
+  assert [int(s.nonfinite_step) for s in states] == [NEVER, NEVER, NEVER, 2, 2]
+  assert [int(s.step) for s in states] == [0, 1, 2, 2, 2]
+  chex.assert_trees_all_equal(states[2].opt_state, states[4].opt_state)
+
+
+def test_teacher_gets_no_gradient_and_is_not_in_the_state(golden):
+  _, sizes, teacher_params = load_torch(GOLDEN / "clip_vision_tiny.pth")
+  before = jax.tree.map(np.copy, teacher_params)
+  config = make_config(data__image_size=64, data__num_masked=20)
+  teacher = ClipTeacher(ClipVision(**sizes), config.data.mean, config.data.std, "")
+  student = experiment.create_student(config, teacher.out_dim)
+  optimizer = create_optimizer(config.optim, schedule := lambda step: 1e-3)
+  step = jax.jit(make_train_step(config, student, teacher, optimizer, schedule, functools.partial(draw_schedules, config)))
+  state = create_train_state(experiment.init_params(config, student), optimizer)
+  new_state, _ = step(state, teacher_params, random_batch(config))
+  chex.assert_trees_all_equal(teacher_params, before)
+  assert jax.tree.structure(new_state) == jax.tree.structure(state)
+
+
+def test_batches_that_devices_cannot_share_are_refused():
+  mesh = sharding.create_mesh(config_lib.MeshConfig())
+  sharding.check_batch_size(16, mesh, "config.data.batch_size")
+  with pytest.raises(config_lib.InputError, match="config.data.batch_size=12 is not divisible by 8 devices; 8 or 16"):
+    sharding.check_batch_size(12, mesh, "config.data.batch_size")
+  with pytest.raises(config_lib.InputError, match="does not fit 8 devices"):
+    sharding.create_mesh(config_lib.MeshConfig(data=3))

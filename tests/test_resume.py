@@ -1,0 +1,247 @@
+"""A run that was stopped, killed or moved ends where an uninterrupted one does."""
+
+import json
+import random
+import signal
+
+import jax
+import numpy as np
+import pytest
+import runs
+from ml_collections import config_dict
+
+from configs import quickstart
+from dtm_jax import config as config_lib
+from dtm_jax import experiment, metrics, sharding
+from dtm_jax.checkpoint import CheckpointStore
+from dtm_jax.config import MeshConfig
+from dtm_jax.data.pipeline import train_batches
+from dtm_jax.errors import InputError
+from dtm_jax.train_state import params_sha256
+
+NUM_STEPS = 5
+
+
+def smoke_config(**run_settings) -> config_lib.Config:
+  config: config_dict.ConfigDict = quickstart.get_config("smoke")
+  config.run.update(steps=NUM_STEPS, checkpoint_every_steps=2, **run_settings)
+  config.eval.update(knn=False, figure_images=0)
+  return config_lib.resolve(config)
+
+
+def run(workdir, *, stop_after=None, config=None) -> bool:
+  """In this process, on its eight devices; `stop_after` steps it is asked to stop."""
+  asked = iter(range(10**6))
+  stop = (lambda: False) if stop_after is None else (lambda: next(asked) >= stop_after)
+  return experiment.run(config or smoke_config(), workdir, "test", stop)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("uninterrupted")
+  assert run(workdir)
+  return workdir
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 4])
+def test_resume_at_any_step_equals_an_uninterrupted_run(uninterrupted, tmp_path, stop_after):
+  assert not run(tmp_path, stop_after=stop_after)
+  assert runs.checkpoints(tmp_path)[-1] == stop_after
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 5, "lo')  # what a kill may leave
+  assert run(tmp_path)
+  assert runs.rows(tmp_path) == runs.rows(uninterrupted)
+  assert runs.summary(tmp_path)["params_sha256"] == runs.summary(uninterrupted)["params_sha256"]
+
+
+def test_another_seed_is_another_run(uninterrupted, tmp_path):
+  """Else the equalities above would mean nothing."""
+  assert run(tmp_path, config=smoke_config(seed=1))
+  assert runs.summary(tmp_path)["params_sha256"] != runs.summary(uninterrupted)["params_sha256"]
+  first, other = runs.rows(uninterrupted)[0], runs.rows(tmp_path)[0]
+  assert first["loss"] != other["loss"]
+
+
+def test_a_complete_run_is_left_alone(uninterrupted):
+  before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.is_file()}
+  assert run(uninterrupted)
+  assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.is_file()} == before
+
+
+def test_keeps_the_newest_checkpoints(uninterrupted):
+  assert runs.checkpoints(uninterrupted) == [4, 5]  # of 2, 4 and 5
+
+
+def test_saves_in_the_background_hold_the_state_of_their_step(tmp_path):
+  """Each step overwrites the memory of the state that is still being written (donated buffers)."""
+  parts = experiment.build(smoke_config())
+
+  def states():
+    state = parts.create_state()
+    for batch, _ in zip(train_batches(parts.config, parts.train_source, start_step=0), range(4), strict=False):
+      state, _ = parts.train_step(state, parts.place(batch))
+      yield state
+
+  store = CheckpointStore(tmp_path, keep=4)
+  for state in states():
+    store.save(state)
+  store.wait()
+  expected = [params_sha256(state.params) for state in states()]
+  saved = [params_sha256(store.restore(step, parts.abstract_state()).params) for step in (1, 2, 3, 4)]
+  store.close()
+  assert saved == expected
+  assert len({*saved}) == 4
+
+
+def test_a_store_opened_to_read_changes_nothing(uninterrupted):
+  """Another run may be using the folder: its unfinished save is not ours to remove."""
+  unfinished = uninterrupted / "checkpoints" / "6.orbax-checkpoint-tmp"
+  unfinished.mkdir()
+  student, params = experiment.restore_student(uninterrupted)
+  assert params_sha256(params) == runs.summary(uninterrupted)["params_sha256"]
+  assert student.grid == (4, 4)
+  assert unfinished.exists()
+  unfinished.rmdir()
+
+
+def test_restores_to_other_devices(tmp_path):
+  one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
+  parts = experiment.build(smoke_config())
+  state = jax.device_put(parts.create_state(), one)
+  store = CheckpointStore(tmp_path, keep=1)
+  store.save(state)
+  store.wait()
+  restored = store.restore(0, parts.abstract_state())
+  store.close()
+  everywhere = sharding.replicated(sharding.create_mesh(MeshConfig()))
+  assert all(leaf.sharding.is_equivalent_to(everywhere, leaf.ndim) for leaf in jax.tree.leaves(restored))
+  jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+def test_rows_are_written_once_and_whole(tmp_path):
+  writer = metrics.MetricWriter(tmp_path)
+  writer.write(1, {"loss": 0.5, "lr": 0.1})
+  writer.write(2, {"loss": 0.4, "lr": 0.1})
+  writer.close()
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(path.read_text() + '{"step": 3, "loss"')
+  writer = metrics.MetricWriter(tmp_path)
+  writer.write(2, {"loss": 0.4, "lr": 0.1})
+  writer.write(2, {"knn_top1": 0.9})
+  writer.write(3, {"loss": 0.3, "lr": 0.1})
+  writer.close()
+  assert [json.loads(line) for line in path.read_text().splitlines()] == [
+    {"step": 1, "loss": 0.5, "lr": 0.1},
+    {"step": 2, "loss": 0.4, "lr": 0.1},
+    {"step": 2, "knn_top1": 0.9},
+    {"step": 3, "loss": 0.3, "lr": 0.1},
+  ]
+  assert writer.series("loss") == ([1, 2, 3], [0.5, 0.4, 0.3])
+  assert writer.find(2, "knn_top1") == 0.9
+
+
+def test_an_unreadable_checkpoint_says_which_folder_to_remove(tmp_path):
+  parts = experiment.build(smoke_config())
+  store = CheckpointStore(tmp_path, keep=1)
+  store.save(parts.create_state())
+  store.close()
+  for path in (tmp_path / "checkpoints" / "0" / "default").rglob("*"):
+    if path.is_file() and path.stat().st_size > 10_000:
+      path.write_bytes(path.read_bytes()[:100])
+  store = CheckpointStore(tmp_path, keep=1)
+  with pytest.raises(InputError, match=r"checkpoints/0 cannot be read.* remove that folder"):
+    store.restore(0, parts.abstract_state())
+  store.close()
+
+
+# Real processes and real signals. All on one device: the sums of another number differ in their last bits.
+
+LONG = {"run__steps": 150, "run__log_every_steps": 1, "run__checkpoint_every_steps": 5}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, cache):
+  """An uninterrupted run of the processes below."""
+  workdir = tmp_path_factory.mktemp("reference")
+  code, stderr = runs.finish(runs.start(runs.options(workdir, **LONG), cache))
+  assert code == 0, stderr
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp("compile_cache")
+
+
+def start_and_wait(workdir, cache, condition, **settings):
+  process = runs.start(runs.options(workdir, **LONG | settings), cache)
+  runs.wait_until(condition, process)
+  return process
+
+
+def num_rows(workdir) -> int:
+  path = workdir / "metrics.jsonl"
+  return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def stop_by_sigterm(workdir, cache):
+  process = start_and_wait(workdir, cache, lambda: num_rows(workdir) >= 7, run__checkpoint_every_steps=1000)
+  process.send_signal(signal.SIGTERM)
+  code, stderr = runs.finish(process)
+  assert code == 143, stderr
+  [step] = runs.checkpoints(workdir)
+  assert f"stopped and saved at step {step}" in stderr
+  assert step == runs.rows(workdir)[-1]["step"]  # the step that was under way, not one more
+
+
+def kill_at_a_random_step(workdir, cache):
+  target = num_rows(workdir) + random.Random(0).randint(5, 25)
+  process = start_and_wait(workdir, cache, lambda: num_rows(workdir) >= target)
+  process.kill()
+  assert runs.finish(process)[0] == -signal.SIGKILL
+
+
+def kill_in_the_middle_of_a_save(workdir, cache) -> bool:
+  """True where the kill came before the save was complete."""
+  unfinished = lambda: [*(workdir / "checkpoints").glob("*.orbax-checkpoint-tmp")]  # noqa: E731
+  process = start_and_wait(workdir, cache, lambda: num_rows(workdir) >= 40 and unfinished())
+  process.kill()
+  assert runs.finish(process)[0] == -signal.SIGKILL
+  return bool(unfinished())
+
+
+def finish_and_compare(workdir, cache, reference):
+  code, stderr = runs.finish(runs.start(runs.options(workdir, **LONG), cache))
+  assert code == 0, stderr
+  assert "resuming at step" in stderr
+  assert runs.rows(workdir) == runs.rows(reference)  # none twice, none missing, none half
+  assert runs.summary(workdir)["params_sha256"] == runs.summary(reference)["params_sha256"]
+  assert not [*(workdir / "checkpoints").glob("*.orbax-checkpoint-tmp")]
+
+
+def test_sigterm_then_kill_then_kill_in_a_save(tmp_path, cache, reference):
+  stop_by_sigterm(tmp_path, cache)
+  kill_at_a_random_step(tmp_path, cache)
+  kill_in_the_middle_of_a_save(tmp_path, cache)
+  finish_and_compare(tmp_path, cache, reference)
+  code, stderr = runs.finish(runs.start(runs.options(tmp_path, **LONG), cache))
+  assert code == 0
+  assert "is complete" in stderr
+
+
+@pytest.mark.slow
+def test_many_kills_in_the_middle_of_a_save(tmp_path, cache, reference):
+  hits = [kill_in_the_middle_of_a_save(tmp_path, cache) for _ in range(6)]
+  assert any(hits)
+  finish_and_compare(tmp_path, cache, reference)
+
+
+@pytest.mark.slow
+def test_resume_on_another_number_of_devices(tmp_path, cache, reference):
+  stop_by_sigterm(tmp_path, cache)
+  [step] = runs.checkpoints(tmp_path)
+  code, stderr = runs.finish(runs.start(runs.options(tmp_path, **LONG), cache, devices=4))
+  assert code == 0, stderr
+  moved, expected = (runs.rows(workdir)[step:] for workdir in (tmp_path, reference))
+  np.testing.assert_allclose(*([row["loss"] for row in rows] for rows in (moved, expected)), rtol=1e-4)
+  assert [row["merges"] for row in moved] == [row["merges"] for row in expected]
