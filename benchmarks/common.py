@@ -38,14 +38,14 @@ def alternate(runs: Mapping[str, Callable[[int], Any]], rounds: int) -> dict[str
   """Seconds that each run took in each round, after a round that is not counted.
 
   Args:
-    runs: called with the number of the round, from 0 (not counted); each waits for its own result.
-    rounds: that count. Every other round goes backwards, so that none always follows the same neighbour.
+    runs: in turn; called with the number of the round, from 0 (not counted). Each waits for its own result.
+    rounds: that count.
   """
   seconds = {name: [] for name in runs}
   for i in range(rounds + 1):
-    for name in list(runs)[:: -1 if i % 2 else 1]:
+    for name, run in runs.items():
       start = time.perf_counter()
-      runs[name](i)
+      run(i)
       seconds[name].append(time.perf_counter() - start)
   return {name: times[1:] for name, times in seconds.items()}
 

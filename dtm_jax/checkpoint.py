@@ -1,6 +1,7 @@
 """Saving and restoring the train state with orbax: asynchronous, atomic, and checked against the model."""
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -69,8 +70,11 @@ class CheckpointStore:
     """
     self._check_shapes(step, like)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    return self._read(step, lambda: self._manager.restore(step, args=ocp.args.StandardRestore(abstract)))
+
+  def _read(self, step: int, action: Callable[[], Any]) -> Any:
     try:
-      return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+      return action()
     except (OSError, ValueError) as error:
       raise InputError(
         f"checkpoint {self._folder / str(step)} cannot be read ({_brief(error)});"
@@ -78,7 +82,8 @@ class CheckpointStore:
       ) from error
 
   def _check_shapes(self, step: int, like: TrainState) -> None:
-    saved, wanted = _shapes(self._manager.item_metadata(step)), _shapes(like)
+    saved = _shapes(self._read(step, lambda: self._manager.item_metadata(step)))
+    wanted = _shapes(like)
     names = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
     if names:
       name = names[0]
@@ -87,7 +92,7 @@ class CheckpointStore:
         f" {wanted.get(name, 'missing')} in this config ({len(names)} such); use its config or another --workdir"
       )
 
-  def _checked(self, action) -> None:
+  def _checked(self, action: Callable[[], Any]) -> None:
     try:
       action()
     # Orbax passes on whatever its writers raise: OSError, ValueError from

@@ -266,6 +266,10 @@ class Config:
       batch % self.optim.accumulate_steps == 0,
       f"config.data.batch_size={batch} is not divisible by config.optim.accumulate_steps={self.optim.accumulate_steps}",
     )
+    _require(
+      self.model.attention != "cudnn" or self.model.dtype == self.teacher.dtype == "bfloat16",
+      "config.model.attention='cudnn' needs config.model.dtype and config.teacher.dtype of 'bfloat16'",
+    )
     micro_batch, group = batch // self.optim.accumulate_steps, self.morphing.group_size
     _require(
       group is None or micro_batch % group == 0,

@@ -304,7 +304,7 @@ def _summary(parts: Parts, state: TrainState, writer: metrics.MetricWriter) -> d
 
 def _log_summary(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
   logging.info("done: %s", ", ".join(f"{name} {_short(value)}" for name, value in summary.items()))
-  logging.info("see %s, %s and %s", *(workdir / name for name in (SUMMARY_FILE, metrics.FILE, "figures/morphing.png")))
+  logging.info("see %s, %s and %s", *(workdir / name for name in (SUMMARY_FILE, metrics.FILE, "figures")))
 
 
 def _short(value: Any) -> str:

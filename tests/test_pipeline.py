@@ -252,7 +252,7 @@ if __name__ == "__main__":
   jax.numpy.zeros(3).block_until_ready()  # workers must start, and stay clean, beside a running backend
   config = test_pipeline.make_config(num_workers=2)
   with contextlib.closing(pipeline.train_batches(config, test_pipeline.BackendSource(40), start_step=0)) as batches:
-    next(batches)
+    next(batches), next(batches)  # from both workers: they are up
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     if sys.argv[1] == "kill":
       os.kill(os.getpid(), signal.SIGKILL)
@@ -284,23 +284,22 @@ def is_running(pid: int) -> bool:
 @pytest.mark.skipif(not pathlib.Path("/proc").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize(("how", "returncode"), [("signal the group", 0), ("kill", -signal.SIGKILL)])
 def test_workers_end_with_the_parent_and_not_before(tmp_path, how, returncode):
-  script = tmp_path / "run.py"
+  script, output = tmp_path / "run.py", tmp_path / "workers"
   script.write_text(RUN_WITH_WORKERS)
   paths = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parents[1])]
   environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
-  run = subprocess.run(
-    [sys.executable, script, how],
-    env=environment,
-    stdout=subprocess.PIPE,
-    text=True,
-    check=False,
-    start_new_session=True,
-  )
+  with output.open("w") as stdout:  # a pipe would stay open as long as any worker lives
+    run = subprocess.run(
+      [sys.executable, script, how], env=environment, stdout=stdout, check=False, start_new_session=True
+    )
   assert run.returncode == returncode
-  workers = [int(pid) for pid in run.stdout.split()]
+  workers = [int(pid) for pid in output.read_text().split()]
   assert len(workers) == 2
   patience = 600  # tenths of a second
   while any(map(is_running, workers)) and patience:
     patience -= 1
     time.sleep(0.1)
-  assert not any(map(is_running, workers))
+  survivors = [pid for pid in workers if is_running(pid)]
+  for pid in survivors:
+    os.kill(pid, signal.SIGKILL)
+  assert not survivors

@@ -29,6 +29,7 @@ def make_config(**changes) -> config_lib.Config:
   """A tiny run; `changes` by dotted name, double underscores for dots."""
   config = config_lib.smoke(config_lib.base())
   config.model.patch_size = 8
+  config.model.scan_layers = True  # compiles faster
   config.data.image_size = 32
   config.data.color_jitter = 0.0
   config.model.drop_path = 0.0
@@ -40,7 +41,8 @@ def make_config(**changes) -> config_lib.Config:
 def random_batch(config: config_lib.Config) -> dict:
   rng, data = np.random.default_rng(0), config.data
   images = rng.integers(256, size=(data.batch_size, data.image_size, data.image_size, 3), dtype=np.uint8)
-  return {"image": images, "mask": rng.random((data.batch_size, config.num_tokens)) < 0.5}
+  mask = np.arange(config.num_tokens) < data.num_masked
+  return {"image": images, "mask": rng.permuted(np.tile(mask, (data.batch_size, 1)), axis=1)}
 
 
 def run_steps(config: config_lib.Config, num_steps: int = 2, mesh_size: int | None = None):

@@ -177,7 +177,7 @@ def test_attention_implementations_agree_in_values_and_gradients():
 
   value_and_grad = jax.jit(jax.value_and_grad(attend, argnums=(1, 2, 3, 4)), static_argnums=0)
   results = [value_and_grad(name, query, key, value, bias) for name in ("matmul", "xla")]
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *results)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
 
 
 def test_layer_norm_equals_torch():

@@ -44,8 +44,9 @@ def make_train_step(
   Returns:
     `(state, teacher_params, batch) -> (state, metrics)`, to be jitted. `batch`
     is the global batch: `image` uint8 [B, S, S, 3] and `mask` bool [B, N].
-    Metrics are float32 scalars: `loss`, `grad_norm` (before clipping), `lr`,
-    and the means of the drawn `merges` and `iterations`.
+    Metrics are float32 scalars: `loss`; `token_loss`, the same distance without
+    morphing, which does not jump with the draws; `grad_norm` (before clipping);
+    `lr`; and the means of the drawn `merges` and `iterations`.
   """
   loss = make_loss(config, student, teacher)
 
@@ -56,19 +57,19 @@ def make_train_step(
     (rows if merges.ndim == 2 else shared).update(merges=merges, iterations=iterations)
 
     def loss_and_grads(rows):
-      return jax.value_and_grad(loss)(state.params, teacher_params, rows | shared)
+      return jax.value_and_grad(loss, has_aux=True)(state.params, teacher_params, rows | shared)
 
-    value, grads = accumulate(loss_and_grads, rows, config.optim.accumulate_steps)
+    (value, aux), grads = accumulate(loss_and_grads, rows, config.optim.accumulate_steps)
     lr = schedule(state.step)
     state, grad_norm = apply_gradients(state, value, grads, optimizer)
-    metrics = {"loss": value, "grad_norm": grad_norm, "lr": lr}
+    metrics = {"loss": value, **aux, "grad_norm": grad_norm, "lr": lr}
     return state, metrics | {"merges": merges.mean(), "iterations": iterations.mean()}
 
   return train_step
 
 
-def make_loss(config: Config, student: ViT, teacher: Teacher) -> Callable[[Any, Any, Rows], jax.Array]:
-  """`(params, teacher_params, rows) -> loss` of one (micro-)batch; rows as `train_step` collects them."""
+def make_loss(config: Config, student: ViT, teacher: Teacher) -> Callable[[Any, Any, Rows], tuple[jax.Array, Metrics]]:
+  """`(params, teacher_params, rows) -> (loss, metrics)` of one (micro-)batch; rows as `train_step` collects them."""
   data, morphing = config.data, config.morphing
 
   def loss(params, teacher_params, rows):
@@ -79,11 +80,12 @@ def make_loss(config: Config, student: ViT, teacher: Teacher) -> Callable[[Any, 
     normal = normalize(images, data.mean, data.std)
     online = student.apply({"params": params}, normal, rows["mask"], rows.get("drop_path_keys"))
     counted = rows["mask"] if morphing.loss_on == "masked" else None
+    token_target = normalize_tokens(target) if config.teacher.normalize_targets else target
+    token_wise = token_loss(online, token_target, distance=morphing.distance, mask=counted)
+    metrics = {"token_loss": jax.lax.stop_gradient(token_wise)}
     if not morphing.enabled:
-      if config.teacher.normalize_targets:
-        target = normalize_tokens(target)
-      return token_loss(online, target, distance=morphing.distance, mask=counted)
-    return dtm_loss(
+      return token_wise, metrics
+    morphed = dtm_loss(
       online,
       target,
       rows["merges"],
@@ -95,6 +97,7 @@ def make_loss(config: Config, student: ViT, teacher: Teacher) -> Callable[[Any, 
       image_keys=rows.get("split_keys"),
       normalize_targets=config.teacher.normalize_targets,
     )
+    return morphed, metrics
 
   return loss
 

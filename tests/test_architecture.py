@@ -1,0 +1,90 @@
+"""The rules of the house, read from the code: who imports whom, and what the library half never imports."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "dtm_jax"
+
+# A module imports from lower ranks, or from its own folder.
+RANKS = {
+  **dict.fromkeys(("errors", "axes"), -1),
+  "config": 0,
+  "data": 1,
+  "models": 2,
+  "convert": 2,
+  "augment": 2,
+  "morphing": 3,
+  **dict.fromkeys(("teachers", "losses"), 4),
+  **dict.fromkeys(("optim", "sharding", "train_state"), 5),
+  "steps": 6,
+  **dict.fromkeys(("checkpoint", "metrics"), 7),
+  "loop": 8,
+  **dict.fromkeys(("evaluate", "numerics", "figures"), 9),
+  "experiment": 10,
+  "main": 11,
+}
+# Entry points that hand over to what they start, and the lazy public names.
+FREE = {"__init__"}
+
+
+def room(path: pathlib.Path) -> str:
+  return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: pathlib.Path) -> set[str]:
+  rooms = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "dtm_jax":
+      parts = node.module.split(".")[1:]
+      rooms |= {parts[0]} if parts else {alias.name for alias in node.names if alias.name in RANKS}
+    elif isinstance(node, ast.Import):
+      rooms |= {name.split(".")[1] for alias in node.names if (name := alias.name).startswith("dtm_jax.")}
+  return rooms
+
+
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if room(path) not in FREE)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+  own = room(path)
+  assert own in RANKS, f"{own} has no rank: give it one above"
+  upward = {other for other in imported_rooms(path) if other != own and RANKS[other] >= RANKS[own]}
+  assert not upward, f"{path} imports {upward}"
+
+
+def test_the_library_half_imports_without_data_or_torch_packages():
+  program = """
+import importlib.abc, sys
+
+class Refuse(importlib.abc.MetaPathFinder):
+  def find_spec(self, name, path=None, target=None):
+    if name.split(".")[0] in ("tensorflow_datasets", "tensorflow", "grain", "array_record", "torch", "torchvision", "transformers"):
+      raise ImportError(f"{name} must not be imported")
+
+sys.meta_path.insert(0, Refuse())
+import dtm_jax
+from dtm_jax import augment, config, convert, losses, morphing, optim, sharding, teachers, train_state
+from dtm_jax.models import clip, vit
+from dtm_jax.steps import pretrain
+[getattr(dtm_jax, name) for name in dtm_jax.__all__]
+"""
+  subprocess.run([sys.executable, "-c", program], check=True, cwd=PACKAGE.parent)
+
+
+def test_what_data_workers_run_does_not_import_jax():
+  program = "import sys; from dtm_jax.data import masking, sources, transforms; assert 'jax' not in sys.modules"
+  subprocess.run([sys.executable, "-c", program], check=True, cwd=PACKAGE.parent)
+
+
+def test_no_tensorflow_and_no_paths_of_a_machine():
+  for path in PACKAGE.parent.rglob("*.py"):
+    if path == pathlib.Path(__file__) or any(part.startswith(".") or part == "build" for part in path.parts):
+      continue
+    text = path.read_text()
+    assert "import tensorflow\n" not in text and "import tensorflow as" not in text, path
+    assert "/root/" not in text, path

@@ -1,0 +1,119 @@
+"""Every setting is checked by name, and every shipped config resolves."""
+
+import pathlib
+
+import pytest
+
+from dtm_jax import config as config_lib
+from dtm_jax.errors import InputError
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+def load(path: pathlib.Path, form: str = ""):
+  namespace: dict = {}
+  exec(compile(path.read_text(), path, "exec"), namespace)  # noqa: S102
+  return namespace["get_config"](form)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_resolve_and_have_a_smoke_form(path):
+  config_lib.resolve(load(path))
+  smoke = config_lib.resolve(load(path, "smoke"))
+  assert smoke.run.steps == 2 and smoke.data.source == "synthetic" and smoke.model.variant == "tiny"
+
+
+def test_vitb_is_the_papers_recipe():
+  config = config_lib.resolve(load(ROOT / "configs" / "vitb.py"))
+  assert config.num_tokens == config.morphing_budget == 196
+  assert config.peak_lr == 1.5e-3
+  images = 1_281_167
+  assert config.total_steps(images) == 300 * 625 and config.warmup_steps(images) == 10 * 625
+  assert (config.optim.betas, config.optim.clip_norm, config.optim.weight_decay) == ((0.9, 0.98), 3.0, 0.05)
+  assert (config.morphing.draws, config.morphing.max_iterations, config.data.num_masked) == (2, 14, 75)
+
+
+def test_shipped_vitb_states_the_base_recipe():
+  # The pages of S and L state only what differs from it.
+  assert config_lib.resolve(load(ROOT / "configs" / "vitb.py")) == config_lib.resolve(
+    _with(config_lib.base(), {"morphing.budget": 196})
+  )
+
+
+def _with(config, changes):
+  with config.unlocked():
+    config.update_from_flattened_dict(changes)
+  return config
+
+
+def test_learning_rate_follows_the_square_root_of_the_batch():
+  config = _with(config_lib.base(), {"data.batch_size": 512})
+  assert config_lib.resolve(config).peak_lr == pytest.approx(0.75e-3)
+
+
+BAD = [
+  ({"data.image_size": 225}, "config.data.image_size=225 is not a multiple of config.model.patch_size=16; 224 or 240"),
+  ({"data.num_masked": 197}, "config.data.num_masked=197 is over the 196 patches"),
+  ({"data.batch_size": 0}, "config.data.batch_size=0 must be positive"),
+  ({"data.batch_size": True}, "config.data.batch_size=True must be of type int, not bool"),
+  ({"data.source": "web"}, "config.data.source='web' is not one of digits, tfds, folder, synthetic"),
+  ({"data.source": "folder"}, "needs config.data.path"),
+  ({"data.crop_scale": (0.5,)}, "must have 2 elements"),
+  ({"data.crop_scale": (0.9, 0.5)}, "0 < low <= high <= 1"),
+  ({"data.colour": 1}, "config.data.colour does not exist; config.data has source"),
+  ({"model.variant": "H"}, "config.model.variant='H' is not one of"),
+  ({"model.attention": "cudnn", "model.dtype": "float32"}, "'cudnn' needs config.model.dtype"),
+  ({"teacher.weights": ""}, "needs config.teacher.weights"),
+  ({"morphing.budget": 197}, "config.morphing.budget=197 is over the 196 tokens"),
+  ({"morphing.fixed_num_merged": 197}, "over the budget of 196"),
+  ({"morphing.granularity": "group"}, "config.morphing.group_size goes with"),
+  ({"morphing.granularity": "group", "morphing.group_size": 3}, "does not divide"),
+  ({"optim.accumulate_steps": 3}, "not divisible by config.optim.accumulate_steps=3"),
+  ({"run.epochs": None}, "give config.run.steps or config.run.epochs"),
+  ({"run.seed": -1}, "config.run.seed=-1"),
+  ({"mesh.fsdp": 2}, "must be 1 in this version"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_settings_are_named_in_one_line(changes, message):
+  with pytest.raises(InputError) as error:
+    config_lib.resolve(_with(config_lib.base(), changes))
+  assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_settings_are_named():
+  config = config_lib.base()
+  del config.data.flip
+  with pytest.raises(InputError, match="config.data.flip is missing"):
+    config_lib.resolve(config)
+
+
+def test_json_and_back():
+  config = config_lib.resolve(load(ROOT / "configs" / "quickstart.py"))
+  assert config_lib.from_json(config_lib.to_json(config) | {"command": "x"}) == config
+
+
+def test_what_a_resumed_run_may_change():
+  old = config_lib.resolve(config_lib.base())
+  free = _with(config_lib.base(), {"run.steps": 7, "data.num_workers": 0, "model.scan_layers": True, "eval.knn": False})
+  assert config_lib.settings_that_differ(old, config_lib.resolve(free)) == []
+  other = _with(config_lib.base(), {"run.seed": 7, "morphing.draws": 1})
+  assert config_lib.settings_that_differ(old, config_lib.resolve(other)) == ["config.run.seed", "config.morphing.draws"]
+
+
+def test_every_setting_is_read_somewhere():
+  """No dead options: each field's name occurs in the code beyond the schema."""
+  code = "\n".join(path.read_text() for path in (ROOT / "dtm_jax").rglob("*.py") if path.name != "config.py")
+  schema = (ROOT / "dtm_jax" / "config.py").read_text()
+  resolved = schema[schema.index("class Config:") :]
+  config = config_lib.base()
+  unread = [
+    f"{section}.{name}"
+    for section in config
+    if section != "task"
+    for name in config[section]
+    if f".{name}" not in code + resolved
+  ]
+  assert not unread
