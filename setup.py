@@ -23,9 +23,12 @@ setup(
     "absl-py",
     "array_record",
     "chex",
+    # SIMD resampling, where there is a wheel; Pillow serves elsewhere, several times slower.
+    'cykooz-resizer>=4; platform_machine == "x86_64" or sys_platform == "darwin"',
     "flax>=0.12",
     "grain>=0.2.18",
     "huggingface_hub",
+    "importlib_resources",  # tensorflow-datasets 4.9.10 needs it and does not say so
     "jax>=0.10",
     "matplotlib",
     "ml_collections>=1.1",

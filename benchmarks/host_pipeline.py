@@ -8,16 +8,14 @@ Pillow decodes the whole image, converts, crops, resizes. The two alternate in
 one process on one core. The target is a ratio of 1.5 at 500 x 375.
 """
 
-import argparse
+import functools
 import io
-import json
 import os
-import pathlib
 import statistics
-import time
 from collections.abc import Callable
 
 import numpy as np
+from common import alternate, argument_parser, median_ratio, report, warn_if_busy, write_json
 from PIL import Image
 from sklearn import datasets
 
@@ -60,46 +58,42 @@ def ours(jpeg: bytes, rng: np.random.Generator, config: DataConfig) -> np.ndarra
   )
 
 
-def images_per_second(load: Callable[..., np.ndarray], jpegs: list[bytes], seed: int) -> float:
+def load_all(load: Callable[..., np.ndarray], jpegs: list[bytes], seed: int) -> None:
   """One pass over all images; the seed decides the boxes."""
-  rngs = [np.random.default_rng((seed, i)) for i in range(len(jpegs))]
   config = DataConfig()
-  start = time.perf_counter()
-  for jpeg, rng in zip(jpegs, rngs, strict=True):
-    load(jpeg, rng, config)
-  return len(jpegs) / (time.perf_counter() - start)
+  for i, jpeg in enumerate(jpegs):
+    load(jpeg, np.random.default_rng((seed, i)), config)
 
 
 def compare(width: int, height: int, rounds: int) -> dict[str, float]:
-  """Medians over alternating rounds, the first of which is not counted."""
+  """One row of the table."""
   jpegs = make_jpegs(width, height)
-  pairs = [[images_per_second(load, jpegs, seed) for load in (plain_pillow, ours)] for seed in range(rounds + 1)][1:]
-  plain, fast = (statistics.median(side) for side in zip(*pairs, strict=True))
+  runs = {load.__name__: functools.partial(load_all, load, jpegs) for load in (plain_pillow, ours)}
+  seconds = alternate(runs, rounds)
   return {
-    "width": width,
-    "height": height,
+    "image": f"{width} x {height}",
     "kilobytes": statistics.mean(map(len, jpegs)) / 1e3,
-    "plain_images_per_s": plain,
-    "ours_images_per_s": fast,
-    "ratio": statistics.median(mine / theirs for theirs, mine in pairs),
+    "plain_images_per_s": NUM_IMAGES / statistics.median(seconds["plain_pillow"]),
+    "ours_images_per_s": NUM_IMAGES / statistics.median(seconds["ours"]),
+    "ratio": median_ratio(seconds["plain_pillow"], seconds["ours"]),
   }
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--rounds", type=int, default=15)
-  parser.add_argument("--json", type=pathlib.Path, help="write the results to this file, too")
-  options = parser.parse_args()
+  options = argument_parser(__doc__, rounds=15).parse_args()
+  warn_if_busy()
   if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-  results = [compare(width, height, options.rounds) for width, height in IMAGE_SIZES]
-  print(f"{'image':>11} {'kB':>6} {'Pillow img/s':>13} {'ours img/s':>11} {'ratio':>6}")
-  for result in results:
-    name = f"{result['width']} x {result['height']}"
-    rates = f"{result['plain_images_per_s']:13.0f} {result['ours_images_per_s']:11.0f} {result['ratio']:6.2f}"
-    print(f"{name:>11} {result['kilobytes']:6.0f} {rates}")
-  if options.json:
-    options.json.write_text(json.dumps({"resampler": transforms.RESAMPLER, "results": results}, indent=2) + "\n")
+  rows = [compare(width, height, options.rounds) for width, height in IMAGE_SIZES]
+  columns = {
+    "image": ("image", ""),
+    "kB": ("kilobytes", ".0f"),
+    "Pillow images/s": ("plain_images_per_s", ".0f"),
+    "ours images/s": ("ours_images_per_s", ".0f"),
+    "ratio": ("ratio", ".2f"),
+  }
+  report(rows, columns)
+  write_json(options.json, {"resampler": transforms.RESAMPLER, "rows": rows}, ("numpy", "pillow"))
 
 
 if __name__ == "__main__":

@@ -26,10 +26,16 @@ class CheckpointStore:
     writes = keep is not None  # what looks unfinished may be the work of a run that goes on
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=writes, cleanup_tmp_directories=writes)
     try:
+      if writes:
+        self._folder.mkdir(parents=True, exist_ok=True)
       # Naming the handler lets a fresh process read `item_metadata`.
-      self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
+      self._manager = ocp.CheckpointManager(
+        self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
+      )
     except OSError as error:
-      raise InputError(f"cannot use {self._folder} for checkpoints ({error.strerror}); choose another --workdir") from error
+      raise InputError(
+        f"cannot use {self._folder} for checkpoints ({error.strerror}); choose another --workdir"
+      ) from error
 
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
@@ -84,9 +90,9 @@ class CheckpointStore:
   def _check_shapes(self, step: int, like: TrainState) -> None:
     saved = _shapes(self._read(step, lambda: self._manager.item_metadata(step)))
     wanted = _shapes(like)
-    names = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
+    names = {name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name)}
     if names:
-      name = names[0]
+      name = min(names, key=lambda name: (not name.startswith("params/"), name))
       raise InputError(
         f"checkpoint {self._folder / str(step)} is of another model: {name} is {saved.get(name, 'missing')} there and"
         f" {wanted.get(name, 'missing')} in this config ({len(names)} such); use its config or another --workdir"

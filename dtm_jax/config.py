@@ -260,7 +260,7 @@ class Config:
     )
     _require(
       self.data.num_masked <= self.num_tokens,
-      f"config.data.num_masked={self.data.num_masked} is over the {self.num_tokens} patches of an image",
+      f"config.data.num_masked={self.data.num_masked} is over the {self.num_tokens} patches of an image; mask fewer",
     )
     _require(
       batch % self.optim.accumulate_steps == 0,

@@ -260,8 +260,9 @@ def _evaluate(parts: Parts, state: TrainState, writer: metrics.MetricWriter) -> 
     with contextlib.closing(eval_batches(config, source, config.eval.batch_size, limit=limit)) as batches:
       return extract_features(lambda images: feature_fn(state.params, sharding.to_global(images, split)), batches)
 
-  train, test = features(parts.train_source, config.eval.max_train_images), features(
-    parts.eval_source, config.eval.max_test_images
+  train, test = (
+    features(parts.train_source, config.eval.max_train_images),
+    features(parts.eval_source, config.eval.max_test_images),
   )
   accuracy = knn_accuracy(
     *train, *test, k=config.eval.knn_k, temperature=config.eval.knn_temperature, num_classes=num_classes
@@ -274,7 +275,8 @@ def _evaluate(parts: Parts, state: TrainState, writer: metrics.MetricWriter) -> 
 def _draw(parts: Parts, workdir: pathlib.Path, writer: metrics.MetricWriter) -> None:
   config = parts.config
   steps, losses = writer.series("loss")
-  figures.loss_figure(workdir / "figures" / "loss.png", steps, losses, writer.series("lr")[1])
+  curves = {"loss": losses, "without morphing": writer.series("token_loss")[1]}
+  figures.loss_figure(workdir / "figures" / "loss.png", steps, curves, writer.series("lr")[1])
   if not config.eval.figure_images:
     return
   with contextlib.closing(

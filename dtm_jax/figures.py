@@ -6,7 +6,7 @@ Figures are built from `matplotlib.figure.Figure`, without pyplot and its global
 import contextlib
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -118,14 +118,17 @@ def _draw_borders(panel: Axes, labels: np.ndarray, grid: tuple[int, int]) -> Non
 
 
 def loss_figure(
-  path: str | os.PathLike, steps: Sequence[int], losses: Sequence[float], learning_rates: Sequence[float]
+  path: str | os.PathLike,
+  steps: Sequence[int],
+  losses: Mapping[str, Sequence[float]],
+  learning_rates: Sequence[float],
 ) -> None:
-  """Writes a PNG with the loss of the logged steps, raw and smoothed, above their learning rate.
+  """Writes a PNG with the losses of the logged steps, long curves also smoothed, above their learning rate.
 
   Args:
     path: file to write; its folder is made where it is missing.
     steps: logged steps, ascending.
-    losses: loss at each of them.
+    losses: loss at each of them, by the name that the legend gives it.
     learning_rates: learning rate at each of them.
 
   Raises:
@@ -133,8 +136,11 @@ def loss_figure(
   """
   figure = Figure(figsize=(7, 4.5), dpi=_DPI, layout="constrained")
   loss_panel, lr_panel = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-  _draw_losses(loss_panel, np.asarray(steps), np.asarray(losses, float))
-  lr_panel.plot(steps, learning_rates, color="tab:orange")
+  for i, (name, values) in enumerate(losses.items()):
+    _draw_loss(loss_panel, np.asarray(steps), np.asarray(values, float), name, f"C{i}")
+  loss_panel.set_ylabel("loss")
+  loss_panel.legend(frameon=False)
+  lr_panel.plot(steps, learning_rates, color="0.4")
   lr_panel.set_ylim(bottom=0)
   lr_panel.set(xlabel="step", ylabel="learning rate")
   lr_panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
@@ -145,15 +151,13 @@ def loss_figure(
   _save(figure, path)
 
 
-def _draw_losses(panel: Axes, steps: np.ndarray, losses: np.ndarray) -> None:
-  panel.set_ylabel("loss")
+def _draw_loss(panel: Axes, steps: np.ndarray, losses: np.ndarray, name: str, color: str) -> None:
   if len(losses) < _FEWEST_TO_SMOOTH:
-    panel.plot(steps, losses, color="tab:blue", marker=".")
+    panel.plot(steps, losses, color=color, marker=".", label=name)
     return
   window = 2 * round(_SMOOTHED_POINTS * len(losses) / 2) + 1
-  panel.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="logged step")
-  panel.plot(steps, running_mean(losses, window), color="tab:blue", label=f"mean of {window} logged steps")
-  panel.legend(frameon=False)
+  panel.plot(steps, losses, color=color, alpha=0.3, linewidth=0.8)
+  panel.plot(steps, running_mean(losses, window), color=color, label=f"{name} (mean of {window} logged steps)")
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:

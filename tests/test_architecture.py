@@ -25,6 +25,7 @@ RANKS = {
   "loop": 8,
   **dict.fromkeys(("evaluate", "numerics", "figures"), 9),
   "experiment": 10,
+  **dict.fromkeys(("command_line", "console"), 10),
   "main": 11,
 }
 # Entry points that hand over to what they start, and the lazy public names.

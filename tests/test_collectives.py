@@ -91,7 +91,7 @@ def test_devices_exchange_gradients_and_never_tokens(changes, in_loops):
   assert {operation for operation, _, _ in found} == {"all-reduce"}
   assert {shape for _, is_in_loop, shape in found if is_in_loop} == in_loops
   one_device = compile_on(1, step, inputs)
-  np.testing.assert_allclose(losses(compiled, inputs), losses(one_device, inputs), rtol=0, atol=1e-6)  # MEASURED
+  np.testing.assert_allclose(losses(compiled, inputs), losses(one_device, inputs), rtol=0, atol=7e-7)  # measured 7.5e-8
 
 
 def test_micro_batches_stay_on_their_devices():

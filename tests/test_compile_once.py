@@ -31,7 +31,7 @@ def compilations_logged():
     logger.removeHandler(handler)
 
 
-@pytest.mark.parametrize("granularity", ["batch", "image"])
+@pytest.mark.parametrize("granularity", ["batch", pytest.param("image", marks=pytest.mark.slow)])
 def test_fifty_draws_compile_once(granularity, compile_cache):
   settings = quickstart.get_config("smoke")
   settings.morphing.granularity = granularity

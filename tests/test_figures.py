@@ -113,16 +113,15 @@ def test_running_mean_equals_a_plain_loop():
 def test_loss_figure_smooths_long_curves(points, lines, tmp_path, monkeypatch):
   seen = saved_figure(monkeypatch)
   steps, losses = np.arange(points) * 10, np.linspace(1, 0, points)
-  figures.loss_figure(tmp_path / "loss.png", steps, losses, np.full(points, 1e-3))
+  figures.loss_figure(tmp_path / "loss.png", steps, {"morphed": losses, "token-wise": 2 * losses}, np.full(points, 1e-3))
   loss_panel, lr_panel = seen[0].axes
-  assert len(loss_panel.lines) == lines
+  assert len(loss_panel.lines) == 2 * lines
   np.testing.assert_array_equal(loss_panel.lines[0].get_xydata(), np.stack([steps, losses], axis=-1))
   np.testing.assert_array_equal(lr_panel.lines[0].get_ydata(), np.full(points, 1e-3))
+  note = " (mean of 11 logged steps)" if lines == 2 else ""
+  legend = [text.get_text() for text in loss_panel.get_legend().get_texts()]
+  assert legend == [f"morphed{note}", f"token-wise{note}"]
   if lines == 2:
-    assert [text.get_text() for text in loss_panel.get_legend().get_texts()] == [
-      "logged step",
-      "mean of 11 logged steps",
-    ]
     np.testing.assert_allclose(loss_panel.lines[1].get_ydata()[20:-20], losses[20:-20], atol=2e-15)  # measured 2.2e-16
 
 
@@ -136,7 +135,7 @@ def test_a_failed_write_keeps_the_old_picture_and_names_the_file(tmp_path, monke
 
   monkeypatch.setattr(Figure, "savefig", full_disk)
   with pytest.raises(InputError, match="cannot write .*loss.png: No space left on device"):
-    figures.loss_figure(path, [1], [1.0], [1e-3])
+    figures.loss_figure(path, [1], {"loss": [1.0]}, [1e-3])
   assert path.read_bytes() == b"old"
   assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
 
@@ -144,7 +143,7 @@ def test_a_failed_write_keeps_the_old_picture_and_names_the_file(tmp_path, monke
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
   (tmp_path / "file").touch()
   with pytest.raises(InputError, match="cannot write .*file/loss.png"):
-    figures.loss_figure(tmp_path / "file" / "loss.png", [1], [1.0], [1e-3])
+    figures.loss_figure(tmp_path / "file" / "loss.png", [1], {"loss": [1.0]}, [1e-3])
 
 
 def test_pyplot_is_not_imported():

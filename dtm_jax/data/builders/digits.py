@@ -1,5 +1,6 @@
 """scikit-learn's handwritten digits as a TFDS data set: real images that need no download."""
 
+import contextlib
 import fcntl
 import io
 import os
@@ -68,7 +69,9 @@ def prepared_builder(data_dir: str) -> DtmDigits:
     if not _open(folder).data_path.exists():
       with (folder / ".dtm_digits.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one writes, and the others find it done
-        _open(folder).download_and_prepare()
+        tfds.disable_progress_bar()
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces downloads, of which there are none
+          _open(folder).download_and_prepare()
   except (OSError, RuntimeError) as error:  # ArrayRecord makes a full disk a RuntimeError
     raise InputError(
       f"cannot write the digits to {folder} ({error}); set config.data.path to another folder"

@@ -1,0 +1,55 @@
+"""From the words of a command line to a config and a work folder."""
+
+import pathlib
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from dtm_jax.errors import InputError
+
+_PACKAGE = pathlib.Path(__file__).parent
+# The configs lie beside the package in a checkout and inside it when installed.
+_CONFIG_FOLDER = next(folder for folder in (_PACKAGE.parent / "configs", _PACKAGE / "configs") if folder.is_dir())
+
+
+def parse(argv: list[str]) -> tuple[ConfigDict, pathlib.Path]:
+  """Reads `--config`, its overrides and `--workdir`; the default is the quickstart in `runs/NAME_OF_CONFIG`.
+
+  Args:
+    argv: the program, then its arguments.
+
+  Raises:
+    InputError: an option that does not exist or cannot be read, or a config file that cannot be loaded. Keys that the
+      config does not have pass, to be named with their neighbours by `config.resolve`.
+  """
+  flags.FLAGS(argv[:1])  # absl's own settings, which its log and Grain read
+  try:
+    return _parse(argv)
+  except InputError:
+    raise
+  except flags.Error as error:
+    raise InputError(f"{error}; mend that option, --help shows the usage") from error
+  except Exception as error:  # a config file is Python: anything can go wrong in it
+    given = " ".join(word for word in argv if word.startswith("--config")) or "the default config"
+    raise InputError(f"cannot load {given} ({_reason(error)}); mend the file or option") from error
+
+
+def _parse(argv: list[str]) -> tuple[ConfigDict, pathlib.Path]:
+  values = flags.FlagValues()
+  options = {"flag_values": values, "sys_argv": argv, "lock_config": False, "accept_new_attributes": True}
+  config = config_flags.DEFINE_config_file("config", str(_CONFIG_FOLDER / "quickstart.py"), **options)
+  workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
+  unknown = values(argv)[1:]
+  if unknown:
+    raise InputError(f"{unknown[0]!r} is not an option; a config file is given as --config=FILE")
+  name = pathlib.Path(config_flags.get_config_filename(values["config"]).partition(":")[0]).stem
+  return config.value.copy_and_resolve_references(), pathlib.Path(workdir.value or f"runs/{name}")
+
+
+def _reason(error: Exception) -> str:
+  """The last line of what ml_collections wraps, often twice and with a traceback in the text."""
+  while error.args and isinstance(error.args[0], Exception):
+    error = error.args[0]
+  text = str(error.args[0]) if isinstance(error, KeyError) else str(error)
+  *_, last = ("", *(line for line in text.splitlines() if line.strip()))
+  return f"{type(error).__name__}: {last.strip()}"

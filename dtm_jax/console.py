@@ -1,0 +1,42 @@
+"""What a run prints: plain lines that do not break the progress bar, and no tracebacks of other people's threads."""
+
+import logging as python_logging
+import pathlib
+import sys
+
+import tqdm
+from absl import logging
+
+_PACKAGE = str(pathlib.Path(__file__).parent)
+
+
+class LineHandler(python_logging.Handler):
+  """Writes `12:34:56 text` to stderr, above the progress bar where there is one."""
+
+  def __init__(self):
+    super().__init__()
+    self.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+
+  def filter(self, record: python_logging.LogRecord) -> bool:
+    """This package's messages, and warnings of others."""
+    # An exception that a background thread of orbax logs reaches us too, to be told in one line.
+    is_warning = record.levelno >= python_logging.WARNING and not record.exc_info
+    return is_warning or record.pathname.startswith(_PACKAGE)
+
+  def emit(self, record: python_logging.LogRecord) -> None:
+    tqdm.tqdm.write(self.format(record), file=sys.stderr)
+
+
+LINES = LineHandler()
+
+
+def log_plainly() -> None:
+  logging.set_verbosity(logging.INFO)
+  python_logging.root.addHandler(LINES)
+
+
+def report_unraisable(problem) -> None:
+  """For `sys.unraisablehook`."""
+  # After a save has failed, tensorstore's other writes report to orbax's loop that is gone; the failure itself is told.
+  if True:
+    sys.__unraisablehook__(problem)

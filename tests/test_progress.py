@@ -1,0 +1,119 @@
+"""What the user watches: a bar on a terminal, lines in a file, and log messages that do not break the bar."""
+
+import contextlib
+import fcntl
+import io
+import logging as python_logging
+import os
+import pty
+import re
+import struct
+import termios
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+
+from dtm_jax import console, loop
+from dtm_jax.train_state import NEVER, TrainState
+
+NUM_STEPS = 6
+
+
+def open_terminal(columns: int) -> tuple[int, int]:
+  """File descriptors of a terminal of so many columns: what reads it, and what it shows."""
+  master, slave = pty.openpty()
+  fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+  return master, slave
+
+
+def read_all(master: int) -> str:
+  """What a terminal was sent, after its other end was closed."""
+  chunks = []
+  with os.fdopen(master, "rb", buffering=0) as file, contextlib.suppress(OSError):  # the end is an OSError
+    while chunk := file.read(4096):
+      chunks.append(chunk)
+  return b"".join(chunks).decode()
+
+
+def train(*, wait=0.0, log=lambda step, values: None, start=0) -> TrainState:
+  """A loop whose steps do nothing; each batch is waited for."""
+
+  def train_step(state, batch):
+    metrics = {"loss": jnp.float32(0.25), "lr": jnp.float32(1e-3)}
+    return state.replace(step=state.step + 1), metrics
+
+  def batches():
+    while True:
+      time.sleep(wait)
+      yield {"index": np.arange(4)}
+
+  training = loop.Loop(
+    train_step=train_step,
+    place=lambda batch: batch,
+    num_steps=NUM_STEPS,
+    batch_size=4,
+    log_every=2,
+    save_every=100,
+    log=log,
+    save=lambda state: None,
+    stop_requested=lambda: False,
+  )
+  return training.run(TrainState(jnp.int32(start), {}, (), jnp.int32(NEVER)), batches())
+
+
+@pytest.fixture
+def plain_log(monkeypatch):
+  console.log_plainly()
+  yield
+  logging.set_verbosity(logging.WARNING)
+  python_logging.root.removeHandler(console.LINES)
+
+
+def test_a_terminal_gets_a_bar_of_eighty_columns(monkeypatch, plain_log):
+  master, slave = open_terminal(columns=80)
+  with os.fdopen(slave, "w") as file, monkeypatch.context() as patch:
+    patch.setattr("sys.stderr", file)
+    train(wait=0.3, log=lambda step, values: python_logging.warning("message at %d", step))
+  redraws = re.split(r"[\r\n]+", read_all(master))
+  bars = [text for text in redraws if "left, loss" in text]
+  assert re.search(r"\d+%\|.*\| [246]/6, [\d:?]+ left, loss 0.2500, lr 1.0e-03, \d+ images/s, \d+% waiting$", bars[-1])
+  assert max(map(len, bars)) <= 80
+  messages = [text for text in redraws if "message" in text]
+  assert [re.sub(r"^\d\d:\d\d:\d\d ", "", text) for text in messages] == [f"message at {n}" for n in (2, 4, 6)]
+
+
+def test_a_file_gets_a_line_for_each_log(monkeypatch, plain_log):
+  output = io.StringIO()
+  monkeypatch.setattr("sys.stderr", output)
+  train(wait=0.05, start=2)
+  *lines, last = output.getvalue().split("\n")
+  assert last == ""
+  assert len(lines) == 2
+  pattern = r"\d\d:\d\d:\d\d step {}/6, loss 0.2500, lr 1.0e-03, \d+ images/s, \d+% waiting, 00:0\d left"
+  for line, step in zip(lines, (4, 6), strict=True):
+    assert re.fullmatch(pattern.format(step), line)
+
+
+def test_waiting_and_speed_are_what_they_were():
+  rows = {}
+  train(wait=0.2, log=rows.__setitem__)
+  assert [*rows] == [2, 4, 6]
+  assert rows[6]["percent_waiting"] > 70  # steps take nothing
+  assert 10 < rows[6]["images_per_second"] <= 4 / 0.2
+
+
+def test_libraries_are_heard_only_when_they_warn(monkeypatch, plain_log):
+  output = io.StringIO()
+  monkeypatch.setattr("sys.stderr", output)
+  library = python_logging.getLogger("some.library")
+  library.setLevel(python_logging.DEBUG)
+  library.info("chatter")
+  library.warning("worth knowing")
+  try:
+    raise OSError("disk full")
+  except OSError:
+    library.exception("a background thread failed")
+  assert [line[9:] for line in output.getvalue().splitlines()] == ["worth knowing"]

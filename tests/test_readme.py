@@ -1,0 +1,85 @@
+"""The README's commands run, and what it says of the code is there."""
+
+import gzip
+import pathlib
+import re
+import shlex
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+# (marker, language, text)
+BLOCKS = re.findall(r"(<!-- ci: \w+ -->\n)?```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+# Those marked for CI install the project first: .ci/run runs them.
+SHELL_LINES = [
+  line for marker, language, text in BLOCKS if language == "sh" and not marker for line in text.splitlines() if line
+]
+PYTHON = [text for _, language, text in BLOCKS if language == "python"]
+
+
+def test_nothing_is_left_to_fill_in():
+  assert not re.findall(r"@[A-Z_]+@", README)
+
+
+def test_ci_runs_the_two_set_up_commands():
+  assert re.findall(r"<!-- ci: (\w+) -->", README) == ["quickstart", "tests"]
+
+
+def test_links_and_named_files_exist():
+  targets = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r"`((?:tests|configs|benchmarks)/[\w./]+)`", README)
+  local = [target for target in targets if "://" not in target]
+  assert len(local) > 8
+  assert not [target for target in local if not (ROOT / target).exists()]
+
+
+@pytest.mark.parametrize("text", PYTHON)
+def test_python_examples_run(text):
+  exec(text, {})  # noqa: S102
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory):
+  """What a user has, in small: a folder of images, Fashion-MNIST's files, a folder for data sets."""
+  images, idx, data = (tmp_path_factory.mktemp(name) for name in ("images", "idx", "data"))
+  rng = np.random.default_rng(0)
+  for i in range(24):
+    folder = images / f"class_{i % 2}"
+    folder.mkdir(exist_ok=True)
+    Image.fromarray(rng.integers(256, size=(40, 50, 3), dtype=np.uint8)).save(folder / f"{i}.jpg")
+  for split, count in (("train", 40), ("t10k", 24)):
+    pixels, labels = rng.integers(256, size=(count, 28, 28), dtype=np.uint8), np.arange(count, dtype=np.uint8) % 10
+    for name, magic, array in (("images-idx3", 0x803, pixels), ("labels-idx1", 0x801, labels)):
+      header = struct.pack(f">{1 + array.ndim}i", magic, *array.shape)
+      (idx / f"{split}-{name}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
+  return {"IMAGES": str(images), "/usr/share/datasets/fashion-mnist": str(idx), "data": str(data)}
+
+
+def in_small(arguments: list[str], stand_ins: dict[str, str], workdir: pathlib.Path) -> list[str]:
+  """The same command on the stand-ins, as two steps of a tiny student: everything else is as the README has it."""
+  arguments = ["=".join(stand_ins.get(part, part) for part in argument.split("=")) for argument in arguments]
+  if "dtm_jax.main" not in arguments or any(":smoke" in argument for argument in arguments):
+    return arguments
+  if not any("--config=" in argument for argument in arguments):
+    return [*arguments, f"--workdir={workdir}"]
+  arguments = [f"{a}:smoke" if a.startswith("--config=") else a for a in arguments]
+  if not any("data.source" in argument for argument in arguments):
+    is_named = any("data.path" in argument for argument in arguments)
+    arguments.insert(3, f"--config.data.source={'tfds' if is_named else 'synthetic'}")
+  return [*arguments, "--config.data.eval_split=train", "--config.eval.knn_k=5", f"--workdir={workdir}"]
+
+
+@pytest.mark.slow
+def test_shell_lines_run(stand_ins, tmp_path):
+  lines = [line for line in SHELL_LINES if not line.startswith("tfds ")]  # it needs TensorFlow and ImageNet
+  assert len(lines) >= 8
+  for i, line in enumerate(lines):
+    python, *arguments = shlex.split(line, comments=True)
+    assert python == "python"
+    command = [sys.executable, *in_small(arguments, stand_ins, tmp_path / str(i))]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0, line
