@@ -38,5 +38,5 @@ def log_plainly() -> None:
 def report_unraisable(problem) -> None:
   """For `sys.unraisablehook`."""
   # After a save has failed, tensorstore's other writes report to orbax's loop that is gone; the failure itself is told.
-  if True:
+  if str(problem.exc_value) != "Event loop is closed":
     sys.__unraisablehook__(problem)
