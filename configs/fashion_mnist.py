@@ -36,4 +36,4 @@ def get_config(form: str = "") -> ConfigDict:
   config.optim.base_lr = 4e-3
   config.optim.warmup_epochs = 1.0
 
-  return config_lib.smoke(config) if form == "smoke" else config
+  return config_lib.with_form(config, form)

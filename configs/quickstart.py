@@ -14,16 +14,17 @@ from dtm_jax import config as config_lib
 def get_config(form: str = "") -> ConfigDict:
   config = config_lib.base()
   config.run.steps = 400
-  config.run.log_every_steps = 20
+  config.run.log_every_steps = 10
   config.run.checkpoint_every_steps = 200
 
   config.data.source = "digits"
   config.data.eval_split = "test"
-  config.data.batch_size = 128
+  config.data.batch_size = 64
   config.data.image_size = 32
   config.data.num_workers = 0
-  config.data.crop_scale = (0.6, 1.0)
+  config.data.crop_scale = (0.4, 1.0)
   config.data.flip = 0.0  # a mirrored digit is no digit
+  config.data.color_jitter = 0.0  # grey images
   config.data.num_masked = 32  # of 64
   config.data.mask_min_block = 4
 
@@ -34,7 +35,7 @@ def get_config(form: str = "") -> ConfigDict:
   config.teacher.kind = "hog"
   config.teacher.weights = ""
 
-  config.optim.base_lr = 4e-3
-  config.optim.warmup_epochs = 5.0
+  config.optim.base_lr = 6e-3
+  config.optim.warmup_epochs = 2.0
 
-  return config_lib.smoke(config) if form == "smoke" else config
+  return config_lib.with_form(config, form)

@@ -50,4 +50,4 @@ def get_config(form: str = "") -> ConfigDict:
   config.optim.weight_decay = 0.05
   config.optim.clip_norm = 3.0
 
-  return config_lib.smoke(config) if form == "smoke" else config
+  return config_lib.with_form(config, form)

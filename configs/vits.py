@@ -14,4 +14,4 @@ from dtm_jax import config as config_lib
 def get_config(form: str = "") -> ConfigDict:
   config = config_lib.base()  # ViT-B/16's recipe
   config.model.variant = "S"
-  return config_lib.smoke(config) if form == "smoke" else config
+  return config_lib.with_form(config, form)

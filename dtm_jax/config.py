@@ -405,8 +405,18 @@ def _flatten(sections: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]
   return items
 
 
-def smoke(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
-  """The miniature of a run, to see that it starts and ends: two CPU steps of a tiny student on synthetic images."""
+def with_form(config: config_dict.ConfigDict, form: str) -> config_dict.ConfigDict:
+  """What a config file returns for `--config=FILE:form`: the run itself, or its miniature for "smoke".
+
+  Raises:
+    InputError: another form.
+  """
+  _require_choice("form", form, ("", "smoke"))
+  return _smoke(config) if form == "smoke" else config
+
+
+def _smoke(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+  """To see that a run starts and ends: two CPU steps of a tiny student on synthetic images."""
   config.run.steps = 2
   config.run.log_every_steps = 1
   config.data.source = "synthetic"

@@ -9,7 +9,7 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -207,11 +207,6 @@ def _train(parts: Parts, state: TrainState, store: CheckpointStore, writer: metr
     store.check()
     writer.write(step, values | {"bad_images": monitor.count})
 
-  def watched(batches):
-    for batch in batches:
-      monitor.observe(batch["bad"])
-      yield batch
-
   training = loop.Loop(
     train_step=parts.train_step,
     place=parts.place,
@@ -231,7 +226,14 @@ def _train(parts: Parts, state: TrainState, store: CheckpointStore, writer: metr
     process_count=jax.process_count(),
   )
   with contextlib.closing(batches):
-    return training.run(state, watched(batches))
+    return training.run(state, _watch(batches, monitor, lambda batch: batch["bad"]))
+
+
+def _watch(batches: Iterable, monitor: BadImageMonitor, bad_indices: Callable) -> Iterator:
+  """The same batches, with their unreadable images noted."""
+  for batch in batches:
+    monitor.observe(bad_indices(batch))
+    yield batch
 
 
 def _restore_or_create(parts: Parts, store: CheckpointStore) -> TrainState:
@@ -257,8 +259,10 @@ def _evaluate(parts: Parts, state: TrainState, writer: metrics.MetricWriter) -> 
   feature_fn = jax.jit(make_feature_fn(config, parts.student), in_shardings=(sharding.replicated(parts.mesh), split))
 
   def features(source: Source, limit: int):
+    monitor = BadImageMonitor(source, config.data.max_bad_fraction)
     with contextlib.closing(eval_batches(config, source, config.eval.batch_size, limit=limit)) as batches:
-      return extract_features(lambda images: feature_fn(state.params, sharding.to_global(images, split)), batches)
+      watched = _watch(batches, monitor, lambda batch: batch["index"][~batch["valid"]])
+      return extract_features(lambda images: feature_fn(state.params, sharding.to_global(images, split)), watched)
 
   train, test = (
     features(parts.train_source, config.eval.max_train_images),

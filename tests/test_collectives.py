@@ -24,7 +24,7 @@ TOWER = ClipVision(patch_size=16, width=64, depth=1, heads=1, grid=(4, 4), out_d
 
 def make_config(**changes) -> config_lib.Config:
   """A tiny run with all that is random on the device; `changes` by dotted name, double underscores for dots."""
-  config = config_lib.smoke(config_lib.base())
+  config = config_lib.with_form(config_lib.base(), "smoke")
   config.data.batch_size = 2 * NUM_DEVICES
   config.model.drop_path = 0.5
   config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
