@@ -144,7 +144,9 @@ class TeacherConfig:
     _require(
       self.kind not in ("clip", "checkpoint") or bool(self.weights),
       f"config.teacher.kind={self.kind!r} needs config.teacher.weights: a weights file"
-      + (", or a Hugging Face name such as openai/clip-vit-base-patch16" if self.kind == "clip" else " or a work folder"),
+      + (
+        ", or a Hugging Face name such as openai/clip-vit-base-patch16" if self.kind == "clip" else " or a work folder"
+      ),
     )
 
 
@@ -276,8 +278,12 @@ class Config:
       f"config.morphing.group_size={group} does not divide the (micro-)batch of {micro_batch} images",
     )
     budget, fixed = self.morphing_budget, self.morphing.fixed_num_merged
-    _require(budget <= self.num_tokens, f"config.morphing.budget={budget} is over the {self.num_tokens} tokens of an image")
-    _require(fixed is None or fixed <= budget, f"config.morphing.fixed_num_merged={fixed} is over the budget of {budget}")
+    _require(
+      budget <= self.num_tokens, f"config.morphing.budget={budget} is over the {self.num_tokens} tokens of an image"
+    )
+    _require(
+      fixed is None or fixed <= budget, f"config.morphing.fixed_num_merged={fixed} is over the budget of {budget}"
+    )
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -369,7 +375,9 @@ def _resolve_value(value: object, annotation: object, path: str):
     return None if value is None else _resolve_value(value, optional_type, path)
   if annotation is float and type(value) is int:
     return float(value)
-  _require(type(value) is annotation, f"{path}={value!r} must be of type {annotation.__name__}, not {type(value).__name__}")
+  _require(
+    type(value) is annotation, f"{path}={value!r} must be of type {annotation.__name__}, not {type(value).__name__}"
+  )
   return value
 
 

@@ -64,7 +64,8 @@ import importlib.abc, sys
 
 class Refuse(importlib.abc.MetaPathFinder):
   def find_spec(self, name, path=None, target=None):
-    if name.split(".")[0] in ("tensorflow_datasets", "tensorflow", "grain", "array_record", "torch", "torchvision", "transformers"):
+    refused = ("tensorflow_datasets", "tensorflow", "grain", "array_record", "torch", "torchvision", "transformers")
+    if name.split(".")[0] in refused:
       raise ImportError(f"{name} must not be imported")
 
 sys.meta_path.insert(0, Refuse())

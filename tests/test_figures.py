@@ -113,7 +113,9 @@ def test_running_mean_equals_a_plain_loop():
 def test_loss_figure_smooths_long_curves(points, lines, tmp_path, monkeypatch):
   seen = saved_figure(monkeypatch)
   steps, losses = np.arange(points) * 10, np.linspace(1, 0, points)
-  figures.loss_figure(tmp_path / "loss.png", steps, {"morphed": losses, "token-wise": 2 * losses}, np.full(points, 1e-3))
+  figures.loss_figure(
+    tmp_path / "loss.png", steps, {"morphed": losses, "token-wise": 2 * losses}, np.full(points, 1e-3)
+  )
   loss_panel, lr_panel = seen[0].axes
   assert len(loss_panel.lines) == 2 * lines
   np.testing.assert_array_equal(loss_panel.lines[0].get_xydata(), np.stack([steps, losses], axis=-1))

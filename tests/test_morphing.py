@@ -1,4 +1,4 @@
-"""Schedule, grouping and group means against what the released code recorded, and their options against their definitions."""
+"""Schedule, grouping and group means against the recorded ones, and their options against their definitions."""
 
 import functools
 

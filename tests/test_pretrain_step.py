@@ -100,10 +100,10 @@ def test_ten_steps_equal_the_recorded_pytorch_run(golden):
     history.append(metrics)
   losses, norms = ([float(metrics[name]) for metrics in history] for name in ("loss", "grad_norm"))
   np.testing.assert_allclose(losses, trace["losses"], rtol=3e-6)  # measured 3e-7; asked 1e-5
-  np.testing.assert_allclose(norms, trace["grad_norms"], rtol=1e-5)
+  np.testing.assert_allclose(norms, trace["grad_norms"], rtol=2.5e-6)  # measured 3e-7
   final = {name.removeprefix("final/"): trace[name] for name in trace if name.startswith("final/")}
   _, expected = convert_student(StateDict(final, GOLDEN / "pretrain_trajectory.npz"))
-  chex.assert_trees_all_close(state.params, expected, atol=5e-6)  # measured 5e-7; asked 2e-5
+  chex.assert_trees_all_close(state.params, expected, atol=2.4e-6)  # measured 2.4e-7; asked 2e-5
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,9 @@ def test_state_stays_as_it_was_from_the_first_non_finite_step_on():
   teacher = PixelsTeacher(config.model.patch_size)
   student = create_student(config, teacher.out_dim)
   optimizer = create_optimizer(config.optim, schedule := lambda step: jnp.where(step == 1, jnp.nan, 1e-3))
-  step = jax.jit(make_train_step(config, student, teacher, optimizer, schedule, functools.partial(draw_schedules, config)))
+  step = jax.jit(
+    make_train_step(config, student, teacher, optimizer, schedule, functools.partial(draw_schedules, config))
+  )
   state = create_train_state(experiment.init_params(config, student), optimizer)
   batch = random_batch(config)
   states = [state]
@@ -175,7 +177,9 @@ def test_teacher_gets_no_gradient_and_is_not_in_the_state(golden):
   teacher = ClipTeacher(ClipVision(**sizes), config.data.mean, config.data.std, "")
   student = create_student(config, teacher.out_dim)
   optimizer = create_optimizer(config.optim, schedule := lambda step: 1e-3)
-  step = jax.jit(make_train_step(config, student, teacher, optimizer, schedule, functools.partial(draw_schedules, config)))
+  step = jax.jit(
+    make_train_step(config, student, teacher, optimizer, schedule, functools.partial(draw_schedules, config))
+  )
   state = create_train_state(experiment.init_params(config, student), optimizer)
   new_state, _ = step(state, teacher_params, random_batch(config))
   chex.assert_trees_all_equal(teacher_params, before)

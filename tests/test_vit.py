@@ -12,7 +12,12 @@ from dtm_jax import config
 from dtm_jax.convert import load_torch
 from dtm_jax.convert.state_dict import StateDict
 from dtm_jax.convert.student import convert_student
-from dtm_jax.models.attention import IMPLEMENTATIONS, dot_product_attention, num_relative_positions, relative_position_bias
+from dtm_jax.models.attention import (
+  IMPLEMENTATIONS,
+  dot_product_attention,
+  num_relative_positions,
+  relative_position_bias,
+)
 from dtm_jax.models.layers import gelu, layer_norm, patchify
 from dtm_jax.models.variants import VARIANTS
 from dtm_jax.models.vit import ViT, truncated_normal
@@ -75,7 +80,9 @@ def recorded_gradients(recorded):
 def test_features_equal_the_recorded_ones(golden, params, switches):
   recorded = golden("student_tiny_features")
   student = ViT(**TINY, **switches)
-  features = jax.jit(functools.partial(student.apply, method="features"))({"params": params}, nhwc(recorded["image_nchw"]))
+  features = jax.jit(functools.partial(student.apply, method="features"))(
+    {"params": params}, nhwc(recorded["image_nchw"])
+  )
   np.testing.assert_allclose(features, recorded["features"], atol=1.5e-5)  # measured 2e-6
 
 

@@ -119,7 +119,9 @@ def _best_partners(groups: _Groups, is_active_a: jax.Array, is_active_b: jax.Arr
 def _rank_descending(values: jax.Array) -> jax.Array:
   """Rank of each value, 0 the largest, ties by index: all pairs compared, which is faster here than a sort."""
   index = jnp.arange(values.size)
-  ahead = (values[None, :] > values[:, None]) | ((values[None, :] == values[:, None]) & (index[None, :] < index[:, None]))
+  ahead = (values[None, :] > values[:, None]) | (
+    (values[None, :] == values[:, None]) & (index[None, :] < index[:, None])
+  )
   return jnp.sum(ahead, axis=-1, dtype=jnp.int32)
 
 
