@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import logging
@@ -17,7 +18,7 @@ HostBatch = dict[str, np.ndarray]
 
 
 class NonFiniteError(Exception):
-  """The loss or a gradient was not finite; the last good checkpoint is kept."""
+  """The loss, a gradient or a parameter was not finite; the last good checkpoint is kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +76,16 @@ class Loop:
           self._show(bar, done, values)
           self.log(done, values)
         if done % self.save_every == 0:
-          _check_finite(state, unchecked)
-          self.save(state)
-    _check_finite(state, unchecked)
-    self.save(state)
+          self._save(state, unchecked)
+    self._save(state, unchecked)
     return state
+
+  def _save(self, state: TrainState, unchecked: collections.deque) -> None:
+    _check_finite(state, unchecked)
+    # A finite loss may have made parameters that are not, which the next step would tell too late.
+    if not _all_finite(state.params):
+      raise NonFiniteError(f"parameters not finite after step {int(state.step) - 1}; lower the learning rate")
+    self.save(state)
 
   def _show(self, bar: tqdm.tqdm, step: int, values: dict[str, float]) -> None:
     """On the bar, or where the output is no terminal, as a line."""
@@ -97,6 +103,11 @@ def _progress_bar(start: int, num_steps: int) -> tqdm.tqdm:
   return tqdm.tqdm(
     total=num_steps, initial=start, bar_format=layout, dynamic_ncols=True, mininterval=1, smoothing=0.1, disable=None
   )
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+  return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def _check_finite(state: TrainState, unchecked: collections.deque) -> None:

@@ -105,7 +105,6 @@ def dtm_loss(
   Returns:
     float32 scalar.
   """
-  target = jax.lax.stop_gradient(target)
 
   def group(tokens, merges, iterations, key):
     return group_tokens(tokens, merges, iterations, protect_first=protect_first, split=split, key=key)

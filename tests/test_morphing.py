@@ -90,6 +90,12 @@ def test_label_is_the_smallest_member():
     assert np.flatnonzero(labels == label)[0] == label
 
 
+def test_ties_go_to_the_first():
+  # Blank patches are all alike: token 2 is the first that may merge, and token 1 its first partner.
+  assert group_tokens(jnp.zeros((8, 4)), 1, 1).tolist() == [0, 1, 1, 3, 4, 5, 6, 7]
+  assert group_tokens(jnp.ones((8, 4)), 2, 1).tolist() == [0, 1, 1, 3, 1, 5, 6, 7]
+
+
 def test_zero_tokens_give_labels_and_finite_means():
   # Blank patches have zero histograms of gradients.
   tokens = random_tokens(4, 16, 8).at[::3].set(0)

@@ -37,7 +37,7 @@ import tqdm
 from array_record.python import array_record_module
 from PIL import Image
 
-from dtm_jax.data import sources
+from dtm_jax.data import sources, transforms
 from dtm_jax.errors import InputError
 
 VERSION = "1.0.0"
@@ -63,7 +63,7 @@ class IdxSource:
     return len(self.images)
 
   def __getitem__(self, index: int) -> sources.Example:
-    return sources.Example(sources.encode_png(self.images[index]), int(self.labels[index]))
+    return sources.Example(transforms.encode_png(self.images[index]), int(self.labels[index]))
 
   def name(self, index: int) -> str:
     return f"{self.path}[{index}]"

@@ -63,13 +63,6 @@ def open_source(config: DataConfig, split: str) -> Source:
   raise ValueError(f"unknown source {config.source!r}")
 
 
-def encode_png(pixels: np.ndarray) -> bytes:
-  """uint8 [H, W] or [H, W, 3] -> PNG."""
-  encoded = io.BytesIO()
-  Image.fromarray(pixels).save(encoded, "PNG")
-  return encoded.getvalue()
-
-
 class TfdsSource:
   """A split of a TFDS data set (or a slice, such as "train[:90%]") kept as ArrayRecord; images stay encoded."""
 

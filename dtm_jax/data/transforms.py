@@ -1,4 +1,4 @@
-"""Encoded bytes -> uint8 RGB crops, with as little work per pixel as Pillow allows."""
+"""Encoded bytes -> uint8 RGB crops, with as little work per pixel as possible; and pixels -> bytes."""
 
 import io
 import math
@@ -28,6 +28,13 @@ _DECODE_ERRORS = (  # what Pillow raises on damaged files, by format and kind of
   Image.DecompressionBombError,
   Image.DecompressionBombWarning,
 )
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+  """uint8 [H, W] or [H, W, 3] -> PNG."""
+  encoded = io.BytesIO()
+  Image.fromarray(pixels).save(encoded, "PNG")
+  return encoded.getvalue()
 
 
 class UnreadableImageError(Exception):

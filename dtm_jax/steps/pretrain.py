@@ -76,7 +76,7 @@ def make_loss(config: Config, student: ViT, teacher: Teacher) -> Callable[[Any, 
     images = to_unit(rows["image"])
     if "jitter_keys" in rows:
       images = color_jitter(rows["jitter_keys"], images, data.color_jitter)
-    target = jax.lax.stop_gradient(teacher.apply(teacher_params, images))
+    target = teacher.apply(teacher_params, images)
     normal = normalize(images, data.mean, data.std)
     online = student.apply({"params": params}, normal, rows["mask"], rows.get("drop_path_keys"))
     counted = rows["mask"] if morphing.loss_on == "masked" else None

@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 import tensorflow_datasets as tfds
 
-from dtm_jax.data import sources
+from dtm_jax.data import transforms
 from dtm_jax.errors import InputError
 
 _TEST_FRACTION = 0.2
@@ -51,7 +51,7 @@ class DtmDigits(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self, images: np.ndarray, labels: np.ndarray, members: np.ndarray):
     for i in members.tolist():
       pixels = (images[i] * (255 / _GREY_LEVELS)).round().astype(np.uint8)
-      yield i, {"image": io.BytesIO(sources.encode_png(pixels)), "label": int(labels[i])}
+      yield i, {"image": io.BytesIO(transforms.encode_png(pixels)), "label": int(labels[i])}
 
 
 def prepared_builder(data_dir: str) -> DtmDigits:
