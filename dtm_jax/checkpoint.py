@@ -84,7 +84,7 @@ class CheckpointStore:
     except (OSError, ValueError) as error:
       raise InputError(
         f"checkpoint {self._folder / str(step)} cannot be read ({_brief(error)});"
-        " remove that folder to go on from the one before"
+        " if it is damaged, move it away to go on from the one before"
       ) from error
 
   def _check_shapes(self, step: int, like: TrainState) -> None:

@@ -135,12 +135,16 @@ class TeacherConfig:
   weights: str = ""  # a weights file, a work folder ("checkpoint"), or a Hugging Face hub name
   normalization: str = "student"  # "clip" feeds CLIP's own mean and std; the release does not
   normalize_targets: bool = False  # per token, after morphing
-  dtype: str = "bfloat16"
+  dtype: str = "bfloat16"  # of matrix products, where the teacher has any
 
   def __post_init__(self):
     _require_choice("teacher.kind", self.kind, TEACHERS)
     _require_choice("teacher.normalization", self.normalization, ("student", "clip"))
     _require_choice("teacher.dtype", self.dtype, DTYPES)
+    _require(
+      self.normalization == "student" or self.kind == "clip",
+      f"config.teacher.normalization='clip' is for kind 'clip'; {self.kind!r} has its own",
+    )
     _require(
       self.kind not in ("clip", "checkpoint") or bool(self.weights),
       f"config.teacher.kind={self.kind!r} needs config.teacher.weights: a weights file"
@@ -272,10 +276,14 @@ class Config:
       self.model.attention != "cudnn" or self.model.dtype == self.teacher.dtype == "bfloat16",
       "config.model.attention='cudnn' needs config.model.dtype and config.teacher.dtype of 'bfloat16'",
     )
-    micro_batch, group = batch // self.optim.accumulate_steps, self.morphing.group_size
+    group = self.morphing.group_size
     _require(
-      group is None or micro_batch % group == 0,
-      f"config.morphing.group_size={group} does not divide the (micro-)batch of {micro_batch} images",
+      group is None or batch % group == 0,
+      f"config.morphing.group_size={group} does not divide config.data.batch_size={batch}",
+    )
+    _require(
+      self.morphing.loss_on == "all" or self.data.num_masked > 0,
+      "config.morphing.loss_on='masked' needs config.data.num_masked > 0",
     )
     budget, fixed = self.morphing_budget, self.morphing.fixed_num_merged
     _require(
@@ -392,7 +400,8 @@ def from_json(record: dict[str, Any]) -> Config:
   return resolve(config_dict.ConfigDict(sections))
 
 
-# What a resumed run may change: it says how fast, how long, where and how closely watched, not what is computed.
+# What a resumed run may change: how fast, how long, where and how closely watched. (Another length bends the rest of
+# the learning rate's cosine. The images and weights behind a path have to be the same: `experiment` checks them.)
 _FREE_SETTINGS = (
   *("run.steps", "run.epochs", "run.log_every_steps", "run.checkpoint_every_steps", "run.keep_checkpoints"),
   *("run.on_nonfinite", "data.path", "data.num_workers", "data.max_bad_fraction", "teacher.weights"),

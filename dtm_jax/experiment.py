@@ -22,9 +22,10 @@ from dtm_jax import __version__, figures, loop, metrics, sharding
 from dtm_jax.axes import Stream
 from dtm_jax.checkpoint import FOLDER as CHECKPOINT_FOLDER
 from dtm_jax.checkpoint import CheckpointStore
-from dtm_jax.config import Config, from_json, settings_that_differ, to_json
+from dtm_jax.config import Config, DataConfig, from_json, settings_that_differ, to_json
 from dtm_jax.data.pipeline import BadImageMonitor, eval_batches, train_batches
 from dtm_jax.data.sources import Source, open_source
+from dtm_jax.data.transforms import RESAMPLER
 from dtm_jax.errors import InputError
 from dtm_jax.evaluate.features import extract_features
 from dtm_jax.evaluate.knn import knn_accuracy
@@ -62,9 +63,7 @@ class Parts:
 
   def abstract_state(self) -> TrainState:
     """The state's shapes, dtypes and shardings, to restore to."""
-    replicated = sharding.replicated(self.mesh)
-    shapes = jax.eval_shape(self._create_state)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
+    return _abstract(self._create_state, sharding.replicated(self.mesh))
 
   def _create_state(self) -> TrainState:
     return create_train_state(init_params(self.config, self.student), self.optimizer)
@@ -92,6 +91,10 @@ def build(config: Config) -> Parts:
   Raises:
     InputError: any of them is missing or does not fit the others.
   """
+  if jax.process_count() > 1:
+    raise InputError("several processes are not supported yet; start one process for all local devices")
+  if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+    raise InputError("config.model.attention='cudnn' needs a GPU; choose 'xla' or 'matmul'")
   mesh = sharding.create_mesh(config.mesh)
   micro_batch = config.data.batch_size // config.optim.accumulate_steps
   sharding.check_batch_size(micro_batch, mesh, "config.data.batch_size / config.optim.accumulate_steps")
@@ -138,22 +141,29 @@ def init_params(config: Config, student: ViT) -> Any:
   return student.init(stream_key(config.run.seed, Stream.INIT, 0), images, mask)["params"]
 
 
-def restore_student(workdir: pathlib.Path) -> tuple[ViT, Any]:
-  """The student of a work folder's newest checkpoint, and its parameters as numpy arrays.
+def restore_student(workdir: pathlib.Path) -> tuple[ViT, Any, DataConfig]:
+  """The student of a work folder's newest checkpoint, its parameters as numpy arrays, and the data it was trained on.
 
   Raises:
     InputError: the folder is not that of a run, or has no checkpoint.
   """
   record = _read_json(workdir / CONFIG_FILE)
-  if record is None or not any((workdir / CHECKPOINT_FOLDER).glob("[0-9]*")):
+  steps = [path.name for path in (workdir / CHECKPOINT_FOLDER).glob("*") if path.name.isdigit()]
+  if record is None or not steps:
     raise InputError(f"{workdir} holds no checkpoint of a run; name its work folder, or a weights file")
   config = from_json(record)
   student = create_student(config, record["target_dim"])
   optimizer = create_optimizer(config.optim, lambda step: 0.0)
-  like = jax.eval_shape(lambda: create_train_state(init_params(config, student), optimizer))
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # whatever devices it was saved on
+  like = _abstract(lambda: create_train_state(init_params(config, student), optimizer), here)
   with contextlib.closing(CheckpointStore(workdir)) as store:
     state = store.restore(store.latest_step(), like)
-  return student, jax.tree.map(np.asarray, state.params)
+  return student, jax.tree.map(np.asarray, state.params), config.data
+
+
+def _abstract(create: Callable[[], TrainState], where: jax.sharding.Sharding) -> TrainState:
+  """Shapes, dtypes and shardings of a state, to restore to."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(create))
 
 
 def run(config: Config, workdir: pathlib.Path, command: str, stop_requested: Callable[[], bool]) -> bool:
@@ -178,11 +188,13 @@ def run(config: Config, workdir: pathlib.Path, command: str, stop_requested: Cal
   if _is_complete(workdir, parts.total_steps):
     logging.info("%s is complete; its results are in %s", workdir, workdir / SUMMARY_FILE)
     return True
+  new_record = _new_record(parts, command)
+  if record is not None:
+    _check_same_inputs(record, new_record, workdir)
   store = CheckpointStore(workdir, keep=config.run.keep_checkpoints)
   with contextlib.closing(store), contextlib.closing(metrics.MetricWriter(workdir)) as writer:
     state = _restore_or_create(parts, store)
-    if record is None:
-      _write_json(workdir / CONFIG_FILE, _new_record(parts, command))
+    _write_json(workdir / CONFIG_FILE, new_record)
     if int(state.step) == 0 and config.eval.knn:
       _evaluate(parts, state, writer)
     state = _train(parts, state, store, writer, stop_requested)
@@ -201,11 +213,13 @@ def run(config: Config, workdir: pathlib.Path, command: str, stop_requested: Cal
 
 def _train(parts: Parts, state: TrainState, store: CheckpointStore, writer: metrics.MetricWriter, stop_requested):
   config = parts.config
-  monitor = BadImageMonitor(parts.train_source, config.data.max_bad_fraction)
+  known = [i for row in writer.rows if row["step"] <= int(state.step) for i in row.get("bad_indices", ())]
+  monitor = BadImageMonitor(parts.train_source, config.data.max_bad_fraction, known)
 
   def log(step: int, values: dict[str, float]) -> None:
     store.check()
-    writer.write(step, values | {"bad_images": monitor.count})
+    new = monitor.take_new()
+    writer.write(step, values | {"bad_images": monitor.count} | ({"bad_indices": new} if new else {}))
 
   training = loop.Loop(
     train_step=parts.train_step,
@@ -245,6 +259,10 @@ def _restore_or_create(parts: Parts, store: CheckpointStore) -> TrainState:
       *(jax.device_count(), jax.default_backend()),
     )
     return parts.create_state()
+  if step > parts.total_steps:
+    raise InputError(
+      f"the checkpoint is at step {step}, beyond the run's end at {parts.total_steps}; raise config.run.steps"
+    )
   logging.info("resuming at step %d of %d", step, parts.total_steps)
   return store.restore(step, parts.abstract_state())
 
@@ -286,7 +304,10 @@ def _draw(parts: Parts, workdir: pathlib.Path, writer: metrics.MetricWriter) -> 
   with contextlib.closing(
     eval_batches(config, parts.eval_source, config.eval.figure_images, limit=config.eval.figure_images)
   ) as batches:
-    images = next(batches)["image"]
+    batch = next(batches)
+  images = batch["image"][batch["valid"]]
+  if not len(images):
+    return
   settings = figures.morphing_settings(config.morphing_budget, config.morphing.max_iterations // 2)
   label_fn = jax.jit(make_label_fn(config, parts.teacher, settings))
   labels = np.asarray(label_fn(parts.teacher_params, images))
@@ -341,10 +362,29 @@ def _new_record(parts: Parts, command: str) -> dict[str, Any]:
     "versions": {"dtm_jax": __version__, "python": platform.python_version(), **versions},
     "devices": f"{jax.device_count()} x {device.device_kind}",
     "target_dim": parts.teacher.out_dim,
-    "teacher_sha256": parts.teacher.weights_sha256,
+    "teacher_sha256": _teacher_sha256(parts),
+    "train_images": len(parts.train_source),
+    "resampler": RESAMPLER,
     "total_steps": parts.total_steps,
     "peak_lr": parts.config.peak_lr,
   }
+
+
+def _teacher_sha256(parts: Parts) -> str:
+  """Of the weights file, or of the parameters where they come from a work folder; "" for teachers without."""
+  if parts.teacher.weights_sha256 or not parts.teacher_params:
+    return parts.teacher.weights_sha256
+  return params_sha256(parts.teacher_params)
+
+
+def _check_same_inputs(old: dict[str, Any], new: dict[str, Any], workdir: pathlib.Path) -> None:
+  """Raises InputError where what lies behind paths and packages has changed, so that the run would not be the same."""
+  for name in ("teacher_sha256", "train_images", "resampler"):
+    if old[name] != new[name]:
+      raise InputError(
+        f"--workdir={workdir} was begun with {name}={old[name]!r}, and now it is {new[name]!r};"
+        " bring that back or use another --workdir"
+      )
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any] | None:

@@ -283,7 +283,7 @@ def two_steps(finished_run, tmp_path):
   shutil.copytree(finished_run, workdir)
 
   def check():
-    _, params = experiment.restore_student(workdir)
+    _, params, _ = experiment.restore_student(workdir)
     assert params_sha256(params) == runs.summary(finished_run)["params_sha256"]
 
   return workdir, check
@@ -354,7 +354,7 @@ def test_disk_full_while_saving(two_steps, compile_cache):
   workdir, _ = two_steps
   (workdir / "summary.json").unlink()
   shutil.rmtree(workdir / "checkpoints" / "2")
-  _, before = experiment.restore_student(workdir)
+  _, before, _ = experiment.restore_student(workdir)
   limited = ("bash", "-c", 'ulimit -f 800; exec "$@"', "-")  # KiB; the state takes more, the rest less
   code, stderr = runs.finish(runs.start(runs.options(workdir), compile_cache, devices=8, prefix=limited))
   assert code == 2, stderr
@@ -364,7 +364,7 @@ def test_disk_full_while_saving(two_steps, compile_cache):
   assert "make room" in message
   assert "goes on from step 1" in message
   assert runs.checkpoints(workdir) == [1]
-  _, after = experiment.restore_student(workdir)
+  _, after, _ = experiment.restore_student(workdir)
   jax.tree.map(np.testing.assert_array_equal, before, after)
   assert main.main(["dtm", *runs.options(workdir)]) == 0
   assert runs.checkpoints(workdir) == [1, 2]
@@ -392,7 +392,7 @@ def test_loss_that_is_not_finite(fails, tmp_path):
   batch = next(train_batches(config, open_source(config.data, "train"), start_step=step))
   assert str(batch["index"].tolist()) in message
   assert runs.checkpoints(workdir)[-1] == step
-  _, params = experiment.restore_student(workdir)
+  _, params, _ = experiment.restore_student(workdir)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
   assert not (workdir / "summary.json").exists()
 

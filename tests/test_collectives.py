@@ -49,9 +49,10 @@ def make_inputs(config: config_lib.Config):
 
 def compile_on(num_devices: int, step, inputs):
   """The step as a run compiles it, for the first devices."""
-  mesh = jax.make_mesh((num_devices, 1, 1), sharding.MESH_AXES, devices=jax.devices()[:num_devices])
+  auto = (jax.sharding.AxisType.Auto,) * 3
+  mesh = jax.make_mesh((num_devices, 1, 1), sharding.MESH_AXES, axis_types=auto, devices=jax.devices()[:num_devices])
   replicated, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-  jitted = jax.jit(step, in_shardings=(replicated, replicated, split), out_shardings=replicated)
+  jitted = jax.jit(step, in_shardings=(replicated, replicated, split), out_shardings=replicated, donate_argnums=0)
   return jitted.lower(*inputs).compile()
 
 

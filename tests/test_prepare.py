@@ -88,10 +88,13 @@ def test_idx_files_become_a_tfds_data_set(idx_folder, tmp_path, capsys):
 def test_image_files_keep_their_bytes_and_classes(tmp_path):
   root, out = image_folder(tmp_path / "insects"), tmp_path / "out"
   assert run(root, f"--out={out}") == 0
-  source = open_split(out, "insects")
   files = sorted(root.glob("*/*.jpg"))
-  assert [source[i].image for i in range(18)] == [path.read_bytes() for path in files]
-  assert [source[i].label for i in range(18)] == [0] * 9 + [1] * 9
+  labels = [0] * 9 + [1] * 9
+  held_out = [0, 10]  # every tenth, as where the folder is read as it is
+  for split, members in (("train", [i for i in range(18) if i not in held_out]), ("validation", held_out)):
+    source = open_split(out, "insects", split)
+    assert [source[i].image for i in range(len(source))] == [files[i].read_bytes() for i in members]
+    assert [source[i].label for i in range(len(source))] == [labels[i] for i in members]
   builder = tfds.builder_from_directory(out / "insects" / "1.0.0")
   assert builder.info.features["label"].names == ["ant", "bee"]
 
@@ -104,7 +107,7 @@ def test_splits_and_flat_folders(tmp_path):
   flat = image_folder(tmp_path / "flat", classes=("",))
   assert run(flat, f"--out={tmp_path}", "--name=plain") == 0
   source = open_split(tmp_path, "plain")
-  assert (len(source), source.num_classes, source[0].label) == (9, None, -1)
+  assert (len(source), source.num_classes, source[0].label) == (8, None, -1)
 
 
 def break_after(monkeypatch, count: int) -> None:
@@ -149,8 +152,25 @@ def test_an_interrupted_run_on_other_files_starts_again(tmp_path, monkeypatch):
       run(root, f"--out={out}")
   (root / "ant" / "0.jpg").unlink()
   assert run(root, f"--out={out}") == 0
-  source = open_split(out, "insects")
-  assert [source[i].image for i in range(17)] == [path.read_bytes() for path in sorted(root.glob("*/*.jpg"))]
+  source, files = open_split(out, "insects"), sorted(root.glob("*/*.jpg"))
+  assert [source[i].image for i in range(15)] == [files[i].read_bytes() for i in range(17) if i % 10]
+
+
+def test_half_a_record_of_the_source_starts_again(tmp_path):
+  root, partial = image_folder(tmp_path / "insects"), tmp_path / "out" / "insects" / "incomplete.1.0.0"
+  partial.mkdir(parents=True)
+  (partial / "source.json").write_text('{"tra')
+  assert run(root, f"--out={tmp_path / 'out'}") == 0
+  assert len(open_split(tmp_path / "out", "insects")) == 16
+
+
+def test_a_finished_data_set_of_other_files_is_refused(tmp_path, capsys):
+  root, out = image_folder(tmp_path / "insects"), tmp_path / "out"
+  assert run(root, f"--out={out}") == 0
+  image_folder(root, classes=("wasp",))
+  capsys.readouterr()
+  assert run(root, f"--out={out}") == 2
+  assert_one_line(capsys.readouterr().err, "was made from other files", "choose another --name")
 
 
 def test_a_finished_data_set_is_left_alone(idx_folder, tmp_path):

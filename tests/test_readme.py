@@ -71,7 +71,7 @@ def in_small(arguments: list[str], stand_ins: dict[str, str], workdir: pathlib.P
   if not any("data.source" in argument for argument in arguments):
     is_named = any("data.path" in argument for argument in arguments)
     arguments.insert(3, f"--config.data.source={'tfds' if is_named else 'synthetic'}")
-  return [*arguments, "--config.data.eval_split=train", "--config.eval.knn_k=5", f"--workdir={workdir}"]
+  return [*arguments, "--config.eval.knn_k=5", f"--workdir={workdir}"]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A run that was stopped, killed or moved ends where an uninterrupted one does."""
 
+import dataclasses
 import json
 import random
 import signal
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import runs
 from ml_collections import config_dict
+from PIL import Image
 
 from configs import quickstart
 from dtm_jax import config as config_lib
@@ -43,6 +45,40 @@ def uninterrupted(tmp_path_factory, compile_cache):
   workdir = tmp_path_factory.mktemp("uninterrupted")
   assert run(workdir)
   return workdir
+
+
+def test_unreadable_images_are_remembered(tmp_path):
+  """The count and the bound are those of the whole run, not of its last part."""
+  images = tmp_path / "images"
+  images.mkdir()
+  for i in range(40):
+    Image.fromarray(np.full((20, 20, 3), 6 * i, np.uint8)).save(images / f"{i:02d}.png")
+  for i in (7, 12, 23):
+    (images / f"{i:02d}.png").write_bytes(b"no image")
+  settings = {"source": "folder", "path": str(images), "max_bad_fraction": 0.1}
+  config = dataclasses.replace(smoke_config(), data=dataclasses.replace(smoke_config().data, **settings))
+  asked = iter(range(100))
+  assert experiment.run(config, tmp_path / "whole", "test", lambda: False)
+  assert not experiment.run(config, tmp_path / "parts", "test", lambda: next(asked) >= 3)
+  assert experiment.run(config, tmp_path / "parts", "test", lambda: False)
+  assert runs.rows(tmp_path / "parts") == runs.rows(tmp_path / "whole")
+  assert runs.rows(tmp_path / "whole")[-1]["bad_images"] == 3
+
+
+@pytest.mark.parametrize("name", ["teacher_sha256", "train_images", "resampler"])
+def test_other_inputs_than_the_run_began_with_are_refused(tmp_path, name):
+  assert not run(tmp_path, stop_after=1)
+  record = json.loads((tmp_path / "config.json").read_text())
+  (tmp_path / "config.json").write_text(json.dumps(record | {name: "other"}))
+  with pytest.raises(InputError, match=f"was begun with {name}='other', and now it is"):
+    run(tmp_path)
+
+
+def test_an_end_before_the_checkpoint_is_refused(tmp_path):
+  assert not run(tmp_path, stop_after=3)
+  config = dataclasses.replace(smoke_config(), run=dataclasses.replace(smoke_config().run, steps=2))
+  with pytest.raises(InputError, match="the checkpoint is at step 3, beyond the run's end at 2"):
+    experiment.run(config, tmp_path, "test", lambda: False)
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 4])
@@ -99,7 +135,7 @@ def test_a_store_opened_to_read_changes_nothing(uninterrupted):
   """Another run may be using the folder: its unfinished save is not ours to remove."""
   unfinished = uninterrupted / "checkpoints" / "6.orbax-checkpoint-tmp"
   unfinished.mkdir()
-  student, params = experiment.restore_student(uninterrupted)
+  student, params, _ = experiment.restore_student(uninterrupted)
   assert params_sha256(params) == runs.summary(uninterrupted)["params_sha256"]
   assert student.grid == (4, 4)
   assert unfinished.exists()
@@ -151,7 +187,7 @@ def test_an_unreadable_checkpoint_says_which_folder_to_remove(tmp_path):
     if path.is_file() and path.stat().st_size > 10_000:
       path.write_bytes(path.read_bytes()[:100])
   store = CheckpointStore(tmp_path, keep=1)
-  with pytest.raises(InputError, match=r"checkpoints/0 cannot be read.* remove that folder"):
+  with pytest.raises(InputError, match=r"checkpoints/0 cannot be read.* move it away"):
     store.restore(0, parts.abstract_state())
   store.close()
 

@@ -148,6 +148,9 @@ def test_folder_with_a_folder_per_split(tmp_path):
   assert [pixels_of(held_out[i])[0, 0] for i in range(2)] == [4, 3]
   with pytest.raises(InputError, match="no subfolder 'validation'; set config.data.eval_split"):
     sources.open_source(folder_config(tmp_path), "eval")
+  write_image(tmp_path / "train" / "cat" / "e.png", 5)  # now class 2 is the cat in one split, and none in the other
+  with pytest.raises(InputError, match="class folders in .*val and .*train differ"):
+    sources.open_source(config, "eval")
 
 
 def test_flat_folder_has_no_labels(tmp_path):

@@ -1,5 +1,6 @@
 """Every teacher through the factory, on the tokens that it should give. Measured errors stand beside the tolerances."""
 
+import dataclasses
 import hashlib
 import logging
 import pathlib
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from dtm_jax import config as config_lib
+from dtm_jax.config import DataConfig
 from dtm_jax.convert import load_torch
 from dtm_jax.errors import InputError
 from dtm_jax.models.vit import ViT
@@ -85,9 +87,11 @@ def test_work_folder_gives_what_its_file_gives(tmp_path):
 
   def restore_student(path: pathlib.Path):
     assert path == tmp_path
-    return ViT(**model, layer_scale=0.1, drop_path=0.1, dtype="bfloat16"), params
+    return ViT(**model, layer_scale=0.1, drop_path=0.1, dtype="bfloat16"), params, DataConfig(mean=(0.1, 0.2, 0.3))
 
   restored, restored_params = create_teacher(make_config("checkpoint", str(tmp_path)), restore_student)
+  assert restored.mean == (0.1, 0.2, 0.3)  # of the run that trained it
+  restored = dataclasses.replace(restored, mean=make_config("pixels").data.mean)
   loaded, loaded_params = create_teacher(make_config("checkpoint", STUDENT), no_work_folder)
   assert restored.weights_sha256 == ""
   np.testing.assert_array_equal(

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import TypedDict
 
 import grain
@@ -113,15 +113,22 @@ def eval_batches(
 class BadImageMonitor:
   """Names every unreadable image in the log once, and stops the run when there are too many."""
 
-  def __init__(self, source: Source, max_fraction: float):
+  def __init__(self, source: Source, max_fraction: float, known: Iterable[int] = ()):
+    """`known` are the indices that an earlier part of the run has met."""
     self._source = source
     self._allowed = math.ceil(max_fraction * len(source))
-    self._seen: set[int] = set()
+    self._seen = set(known)
+    self._unreported: list[int] = []
 
   @property
   def count(self) -> int:
     """Distinct unreadable images so far."""
     return len(self._seen)
+
+  def take_new(self) -> list[int]:
+    """Indices that were met first since the last call."""
+    new, self._unreported = self._unreported, []
+    return new
 
   def observe(self, indices: np.ndarray) -> None:
     """Takes note of the `bad` field of a batch (or other indices; negative ones mean nothing).
@@ -131,6 +138,7 @@ class BadImageMonitor:
     """
     for index in sorted({*indices[indices >= 0].tolist()} - self._seen):
       self._seen.add(index)
+      self._unreported.append(index)
       name = self._source.name(index)
       logging.warning("unreadable image skipped: %s", name)
       if self.count > self._allowed:

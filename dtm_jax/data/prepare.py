@@ -3,7 +3,8 @@
   python -m dtm_jax.data.prepare SRC --out=DIR [--name=NAME]
 
 SRC is one of
-  - a folder per class, or a flat folder, of image files: the split "train";
+  - a folder per class, or a flat folder, of image files: the splits "train"
+    and "validation", every tenth image;
   - a folder with `train` and more such folders in it: one split each;
   - a folder with the four gzipped IDX files of MNIST or Fashion-MNIST: the
     splits "train" and "test".
@@ -91,12 +92,11 @@ def open_raw(root: pathlib.Path) -> dict[str, sources.Source]:
   if list(root.glob("*-ubyte.gz")):
     return {split: _open_idx(root, prefix) for split, prefix in _IDX_FILES.items()}
   if not (root / "train").is_dir():
-    return {"train": sources.FolderSource(*sources.list_images(root))}
+    held_out = sources.hold_out(root)
+    return {"train": held_out["train"], "validation": held_out["eval"]}
   folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
   splits = {path.name: sources.FolderSource(*sources.list_images(path)) for path in folders}
-  for split, source in splits.items():
-    if source.class_names != splits["train"].class_names:
-      raise InputError(f"the class folders in {root / split} and {root / 'train'} differ; make them the same")
+  sources.check_same_classes(root, {"train": splits["train"], **splits})
   return splits
 
 
@@ -145,8 +145,11 @@ def prepare(splits: Mapping[str, sources.Source], out: pathlib.Path, name: str) 
   finished, partial = out / name / VERSION, out / name / f"incomplete.{VERSION}"
   (out / name).mkdir(parents=True, exist_ok=True)
   with _only_one_writer(out / name):
-    if not finished.exists():
-      _start_or_resume(partial, _fingerprint(splits))
+    fingerprint = _fingerprint(splits)
+    if finished.exists():
+      _check_same_files(finished, fingerprint)
+    else:
+      _start_or_resume(partial, fingerprint)
       features = _features(splits["train"])
       shards = [shard for split, source in splits.items() for shard in plan_shards(name, split, len(source))]
       _write_shards(shards, splits, features, partial)
@@ -189,13 +192,25 @@ def _fingerprint(splits: Mapping[str, sources.Source]) -> dict[str, str]:
 
 def _start_or_resume(partial: pathlib.Path, fingerprint: dict[str, str]) -> None:
   """Keeps the shards of an earlier run if they come from the same files."""
-  provenance = partial / _PROVENANCE
-  if provenance.exists() and json.loads(provenance.read_text()) == fingerprint:
+  if _read_fingerprint(partial) == fingerprint:
     return
   if partial.exists():
     shutil.rmtree(partial)
   partial.mkdir()
-  provenance.write_text(json.dumps(fingerprint))
+  (partial / _PROVENANCE).write_text(json.dumps(fingerprint))
+
+
+def _read_fingerprint(folder: pathlib.Path) -> dict[str, str] | None:
+  """What a run wrote; None where there is none, or half of one, left by a kill."""
+  try:
+    return json.loads((folder / _PROVENANCE).read_text())
+  except (FileNotFoundError, ValueError):
+    return None
+
+
+def _check_same_files(finished: pathlib.Path, fingerprint: dict[str, str]) -> None:
+  if _read_fingerprint(finished) != fingerprint:
+    raise InputError(f"{finished} was made from other files; choose another --name or --out, or remove it")
 
 
 def _features(source: sources.Source) -> tfds.features.FeaturesDict:

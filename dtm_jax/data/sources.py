@@ -3,6 +3,7 @@
 import io
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -143,7 +144,7 @@ class FolderSource:
 
 
 def _open_folder(config: DataConfig, split: str) -> FolderSource:
-  """The subfolder named after the split; without any such, every tenth image in sorted order is for evaluation."""
+  """The subfolder named after the split; without any such, `hold_out`'s share."""
   root = pathlib.Path(config.path)
   names = {"train": config.train_split, "eval": config.eval_split}
   if any((root / name).is_dir() for name in names.values()):
@@ -151,13 +152,33 @@ def _open_folder(config: DataConfig, split: str) -> FolderSource:
       raise InputError(
         f"{root} has no subfolder {names[split]!r}; set config.data.{split}_split to the one that is meant"
       )
-    return FolderSource(*list_images(root / names[split]))
+    source = FolderSource(*list_images(root / names[split]))
+    train = FolderSource(*list_images(root / names["train"])) if (root / names["train"]).is_dir() else source
+    check_same_classes(root, {names["train"]: train, names[split]: source})
+    return source
+  return hold_out(root)[split]
+
+
+def check_same_classes(root: pathlib.Path, splits: Mapping[str, FolderSource]) -> None:
+  """Raises InputError where the class folders of two splits differ: a label would mean another class in each."""
+  (first, train), *others = splits.items()
+  for name, source in others:
+    if source.class_names != train.class_names:
+      raise InputError(f"the class folders in {root / name} and {root / first} differ; make them the same")
+
+
+def hold_out(root: pathlib.Path) -> dict[str, FolderSource]:
+  """A folder without splits as "train" and "eval": every tenth image in sorted order is for evaluation.
+
+  Raises:
+    InputError: too few images, and see `list_images`.
+  """
   paths, labels, class_names = list_images(root)
   held_out = np.arange(len(paths)) % _HOLD_OUT_EVERY == 0
-  chosen = np.flatnonzero(held_out if split == "eval" else ~held_out)
-  if not len(chosen):
+  if held_out.all():
     raise InputError(f"{root} has too few images ({len(paths)}) to hold some out for evaluation; add images")
-  return FolderSource([paths[i] for i in chosen], labels[chosen], class_names)
+  chosen = {"train": np.flatnonzero(~held_out), "eval": np.flatnonzero(held_out)}
+  return {split: FolderSource([paths[i] for i in rows], labels[rows], class_names) for split, rows in chosen.items()}
 
 
 def list_images(root: pathlib.Path) -> tuple[list[str], np.ndarray, list[str] | None]:

@@ -25,6 +25,7 @@ _DECODE_ERRORS = (  # what Pillow raises on damaged files, by format and kind of
   ValueError,
   EOFError,
   struct.error,
+  TypeError,
   Image.DecompressionBombError,
   Image.DecompressionBombWarning,
 )

@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Callable
 
-from dtm_jax.config import Config
+from dtm_jax.config import Config, DataConfig
 from dtm_jax.models.vit import ViT
 from dtm_jax.teachers.base import Params, Teacher
 from dtm_jax.teachers.checkpoint import CheckpointTeacher, check_grid, load_release_student
@@ -15,14 +15,14 @@ __all__ = ["CheckpointTeacher", "ClipTeacher", "HogTeacher", "PixelsTeacher", "P
 
 
 def create_teacher(
-  config: Config, restore_student: Callable[[pathlib.Path], tuple[ViT, Params]]
+  config: Config, restore_student: Callable[[pathlib.Path], tuple[ViT, Params, DataConfig]]
 ) -> tuple[Teacher, Params]:
   """Builds the teacher that the config names.
 
   Args:
     config: Of the run.
-    restore_student: Reads a work folder of this program: the student's module
-      and parameters. Called for `teacher.kind="checkpoint"` with a folder only.
+    restore_student: Reads a work folder of this program: the student's module,
+      parameters and data settings. Called for `teacher.kind="checkpoint"` with a folder only.
 
   Returns:
     The teacher, and its parameters (numpy, {} for hog and pixels) apart, for
@@ -56,12 +56,12 @@ def _create_clip(config: Config) -> tuple[ClipTeacher, Params]:
 
 
 def _create_checkpoint(config: Config, restore_student) -> tuple[CheckpointTeacher, Params]:
-  path, digest = pathlib.Path(config.teacher.weights).expanduser(), ""
+  path, digest, data = pathlib.Path(config.teacher.weights).expanduser(), "", config.data
   options = {"dtype": config.teacher.dtype, "attention": config.model.attention}
   if path.is_dir():
-    tower, params = restore_student(path)
+    tower, params, data = restore_student(path)  # it is shown images as it was in its own run
     tower = tower.clone(**options)
   else:
     tower, params, digest = load_release_student(path, **options)
   check_grid(tower, config.grid, config.teacher.weights)
-  return CheckpointTeacher(tower, config.data.mean, config.data.std, digest), params
+  return CheckpointTeacher(tower, data.mean, data.std, digest), params
