@@ -107,7 +107,7 @@ def _progress_bar(start: int, num_steps: int) -> tqdm.tqdm:
 
 @jax.jit
 def _all_finite(tree: Any) -> jax.Array:
-  return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+  return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree), jnp.bool_(True))
 
 
 def _check_finite(state: TrainState, unchecked: collections.deque) -> None:
