@@ -39,11 +39,20 @@ def _parse(argv: list[str]) -> tuple[ConfigDict, pathlib.Path]:
   options = {"flag_values": values, "sys_argv": argv, "lock_config": False, "accept_new_attributes": True}
   config = config_flags.DEFINE_config_file("config", str(_CONFIG_FOLDER / "quickstart.py"), **options)
   workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
-  unknown = values(argv)[1:]
+  unknown = values([_find_shipped(word) for word in argv])[1:]
   if unknown:
     raise InputError(f"{unknown[0]!r} is not an option; a config file is given as --config=FILE")
   name = pathlib.Path(config_flags.get_config_filename(values["config"]).partition(":")[0]).stem
   return config.value.copy_and_resolve_references(), pathlib.Path(workdir.value or f"runs/{name}")
+
+
+def _find_shipped(word: str) -> str:
+  """`--config=configs/vitb.py` from any folder: a file that is not there is looked for among the shipped ones."""
+  if not word.startswith("--config="):
+    return word
+  path, colon, form = word.removeprefix("--config=").partition(":")
+  shipped = _CONFIG_FOLDER / pathlib.Path(path).name
+  return f"--config={shipped}{colon}{form}" if shipped.is_file() and not pathlib.Path(path).exists() else word
 
 
 def _reason(error: Exception) -> str:

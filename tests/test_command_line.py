@@ -1,0 +1,41 @@
+"""Which config and work folder a command line means."""
+
+import pathlib
+
+import pytest
+
+from dtm_jax import command_line
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*load_module:DeprecationWarning")
+
+
+def parse(*words: str):
+  return command_line.parse(["main", *words])
+
+
+def test_the_default_is_the_quickstart():
+  config, workdir = parse()
+  assert config.data.source == "digits"
+  assert workdir == pathlib.Path("runs/quickstart")
+
+
+def test_overrides_reach_every_kind_of_setting():
+  config, workdir = parse(
+    "--config.run.steps=3", "--config.morphing.budget=9", "--config.data.crop_scale=(0.5,1.0)", "--workdir=x"
+  )
+  assert (config.run.steps, config.morphing.budget, config.data.crop_scale) == (3, 9, (0.5, 1.0))
+  assert workdir == pathlib.Path("x")
+
+
+def test_shipped_configs_are_found_from_any_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  config, workdir = parse("--config=configs/vitl.py:smoke", "--config.run.seed=7")
+  assert (config.run.steps, config.run.seed) == (2, 7)
+  assert workdir == pathlib.Path("runs/vitl")
+
+
+def test_a_file_that_is_there_goes_before_a_shipped_one(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  body = "from dtm_jax import config\n\ndef get_config():\n  c = config.base()\n  c.run.seed = 5\n  return c\n"
+  pathlib.Path("vitb.py").write_text(body)
+  assert parse("--config=vitb.py")[0].run.seed == 5
