@@ -346,7 +346,7 @@ def test_a_damaged_checkpoint(fails, two_steps):
       path.write_bytes(path.read_bytes()[:50])
   message = fails(workdir=workdir)
   assert f"{workdir}/checkpoints/2 cannot be read" in message
-  assert "remove that folder" in message
+  assert "move it away" in message
 
 
 def test_disk_full_while_saving(two_steps, compile_cache):
