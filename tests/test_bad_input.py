@@ -13,10 +13,10 @@ import zipfile
 import jax
 import numpy as np
 import pytest
-import runs
 import safetensors.numpy
 from PIL import Image
 
+import runs
 from dtm_jax import experiment, main, metrics
 from dtm_jax.config import from_json
 from dtm_jax.convert.torch_file import read_torch

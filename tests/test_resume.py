@@ -8,10 +8,10 @@ import signal
 import jax
 import numpy as np
 import pytest
-import runs
 from ml_collections import config_dict
 from PIL import Image
 
+import runs
 from configs import quickstart
 from dtm_jax import config as config_lib
 from dtm_jax import experiment, metrics, sharding
