@@ -349,6 +349,11 @@ def test_a_damaged_checkpoint(fails, two_steps):
   assert "move it away" in message
 
 
+def test_cudnn_without_a_gpu(fails):
+  message = fails(model__attention="cudnn", model__dtype="bfloat16", teacher__dtype="bfloat16")
+  assert "config.model.attention='cudnn' needs a GPU; choose 'xla' or 'matmul'" in message
+
+
 def test_disk_full_while_saving(two_steps, compile_cache):
   """A limit on the size of files stands for the full disk: the same calls fail, and no mount is needed."""
   workdir, _ = two_steps
