@@ -108,7 +108,7 @@ def test_waiting_and_speed_are_what_they_were():
 def test_libraries_are_heard_only_when_they_warn(monkeypatch, plain_log):
   output = io.StringIO()
   monkeypatch.setattr("sys.stderr", output)
-  library = python_logging.getLogger("some.library")
+  library = python_logging.getLogger("another_package")
   library.setLevel(python_logging.DEBUG)
   library.info("chatter")
   library.warning("worth knowing")
