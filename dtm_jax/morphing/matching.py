@@ -1,11 +1,15 @@
 """Iterated bipartite matching of one image's tokens into groups, at fixed shapes.
 
-`merges` and `iterations` are traced and the arrays never shrink, so one
-compilation serves every schedule, and `vmap` serves images and draws. Groups
-sit in positions 0..active-1 of arrays with room for N; what lies beyond is
-stale and masked out.
+`merges` and `iterations` are traced, so one compilation serves every schedule,
+and `vmap` serves images and draws. Groups sit in positions 0..active-1 of
+arrays with room for more; what lies beyond is stale and masked out. Rooms
+shrink in a few fixed steps: once the groups fit, the rounds go on in the next
+smaller one.
 """
 
+import functools
+import itertools
+import math
 from typing import NamedTuple
 
 import jax
@@ -13,6 +17,9 @@ import jax.numpy as jnp
 
 # Scores decide who merges, so they must not be rounded to TF32 or bfloat16.
 _PRECISION = jax.lax.Precision.HIGHEST
+
+# Rooms as shares of N. Each is compiled once more; these four save a quarter of the time of one.
+_ROOMS = (1.0, 0.75, 0.5, 0.25)
 
 
 class _Groups(NamedTuple):
@@ -22,12 +29,13 @@ class _Groups(NamedTuple):
   and are updated in place; only `home`, the order of the groups, is rebuilt.
   """
 
-  sums: jax.Array  # float32 [N, D], features summed over members, by home row
-  home: jax.Array  # int32 [N], row of the group at each position
+  sums: jax.Array  # float32 [room, D], features summed over members, by home row
+  home: jax.Array  # int32 [room], row of the group at each position
   position: jax.Array  # int32 [N], position of each token's group
   active: jax.Array  # int32 [], number of groups
 
 
+@functools.partial(jax.jit, static_argnames=("protect_first", "split"))
 def group_tokens(
   tokens: jax.Array,
   merges: jax.typing.ArrayLike,
@@ -66,22 +74,36 @@ def group_tokens(
     raise ValueError("split='random' goes with a key, and only it does")
   num_tokens = tokens.shape[0]
   index = jnp.arange(num_tokens, dtype=jnp.int32)
+  merges = jnp.asarray(merges, jnp.int32)
+  iterations = jnp.where(merges > 0, iterations, 0)
   groups = _Groups(jax.lax.stop_gradient(tokens).astype(jnp.float32), index, index, jnp.int32(num_tokens))
 
   def round_(i, groups):
     if key is not None:
       groups = _shuffle(groups, jax.random.fold_in(key, i), protect_first)
-    return _merge_closest(groups, jnp.asarray(merges, jnp.int32), protect_first)
+    return _merge_closest(groups, merges, protect_first)
 
-  groups = jax.lax.fori_loop(0, iterations, round_, groups)
+  i = jnp.int32(0)
+  for room, next_room in itertools.pairwise([*(math.ceil(share * num_tokens) for share in _ROOMS), 0]):
+    groups = _move(groups, room)
+    i, groups = jax.lax.while_loop(
+      lambda state, next_room=next_room: (state[0] < iterations) & (state[1].active > next_room),
+      lambda state: (state[0] + 1, round_(*state)),
+      (i, groups),
+    )
   smallest = jax.ops.segment_min(index, groups.position, num_tokens)
   return smallest[groups.position]
 
 
+def _move(groups: _Groups, room: int) -> _Groups:
+  """The first `room` positions in arrays of that size, every group at home in its position."""
+  return groups._replace(sums=groups.sums[groups.home[:room]], home=jnp.arange(room, dtype=jnp.int32))
+
+
 def _merge_closest(groups: _Groups, merges: jax.Array, protect_first: bool) -> _Groups:
   """One round: match A to B, merge the closest pairs, rebuild the order."""
-  num_tokens = groups.sums.shape[0]
-  index = jnp.arange(num_tokens, dtype=jnp.int32)
+  room = groups.home.size
+  index = jnp.arange(room, dtype=jnp.int32)
   in_a, in_b = index[0::2], index[1::2]
   if not in_b.size:
     return groups
@@ -99,8 +121,8 @@ def _merge_closest(groups: _Groups, merges: jax.Array, protect_first: bool) -> _
   num_stays = jnp.sum(stays, dtype=jnp.int32)
   moved_b = num_stays + jnp.arange(in_b.size, dtype=jnp.int32)
   moved_a = jnp.where(merged, moved_b[partner], jnp.cumsum(stays, dtype=jnp.int32) - 1)
-  moved = jnp.stack([moved_a, jnp.pad(moved_b, (0, in_a.size - in_b.size))], axis=1).reshape(-1)[:num_tokens]
-  dropped = num_tokens
+  moved = jnp.stack([moved_a, jnp.pad(moved_b, (0, in_a.size - in_b.size))], axis=1).reshape(-1)[:room]
+  dropped = room
   home = groups.home.at[jnp.where(stays, moved_a, dropped)].set(home_a, mode="drop")
   home = home.at[moved_b].set(home_b, mode="drop")
   return _Groups(sums, home, moved[groups.position], groups.active - merges)
@@ -109,11 +131,15 @@ def _merge_closest(groups: _Groups, merges: jax.Array, protect_first: bool) -> _
 def _best_partners(groups: _Groups, is_active_a: jax.Array, is_active_b: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Cosine to, and index in B of, the most similar partner of each of A; -inf for what is not a group."""
   # The mean and the sum of a group point the same way, so sums serve.
-  norm = jnp.sqrt(jnp.sum(jnp.square(groups.sums), axis=-1, keepdims=True))
-  unit = groups.sums / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)  # a zero group is like no other
-  a, b = unit[groups.home[0::2]], unit[groups.home[1::2]]
-  scores = jnp.where(is_active_b, jnp.matmul(a, b.T, precision=_PRECISION), -jnp.inf)
+  a, b = groups.sums[groups.home[0::2]], groups.sums[groups.home[1::2]]
+  cosine = jnp.matmul(a, b.T, precision=_PRECISION) * _inverse_norm(a)[:, None] * _inverse_norm(b)
+  scores = jnp.where(is_active_b, cosine, -jnp.inf)
   return jnp.where(is_active_a, scores.max(axis=-1), -jnp.inf), scores.argmax(axis=-1).astype(jnp.int32)
+
+
+def _inverse_norm(sums: jax.Array) -> jax.Array:
+  """1 / |x| of each row; a zero group is like no other, whatever this gives."""
+  return 1 / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(sums), axis=-1)), jnp.finfo(jnp.float32).tiny)
 
 
 def _rank_descending(values: jax.Array) -> jax.Array:
@@ -127,11 +153,10 @@ def _rank_descending(values: jax.Array) -> jax.Array:
 
 def _shuffle(groups: _Groups, key: jax.Array, protect_first: bool) -> _Groups:
   """Puts the groups in random order, except that a protected token 0 stays first."""
-  num_tokens = groups.home.size
-  priority = jax.random.uniform(key, (num_tokens,))
-  priority = jnp.where(jnp.arange(num_tokens) < groups.active, priority, 2.0)
+  index = jnp.arange(groups.home.size, dtype=jnp.int32)
+  priority = jnp.where(index < groups.active, jax.random.uniform(key, index.shape), 2.0)
   if protect_first:
     priority = priority.at[0].set(-1.0)
   order = jnp.argsort(priority)
-  moved = jnp.zeros_like(groups.home).at[order].set(jnp.arange(num_tokens, dtype=jnp.int32))
+  moved = jnp.zeros_like(index).at[order].set(index)
   return groups._replace(home=groups.home[order], position=moved[groups.position])
