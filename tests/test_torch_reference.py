@@ -1,6 +1,7 @@
 """The PyTorch step against everything recorded from the released code. Measured errors stand beside the tolerances."""
 
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from dtm_jax.errors import InputError
 from dtm_jax.models.variants import VARIANTS, Variant
-from dtm_jax.numerics import torch_models, torch_reference
+from dtm_jax.numerics import require_torch, torch_models, torch_reference
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 RECORDED_SIZE = Variant(width=48, depth=3, heads=3, layer_scale=0.1)
@@ -33,6 +34,13 @@ def tensor(array: np.ndarray) -> torch.Tensor:
 
 def relative_error(actual: torch.Tensor, expected: np.ndarray) -> float:
   return float(np.linalg.norm(actual.detach().numpy() - expected) / np.linalg.norm(expected))
+
+
+def test_a_machine_without_pytorch_is_told_how_to_install_it(monkeypatch):
+  require_torch()
+  monkeypatch.setitem(sys.modules, "torch", None)  # which is how Python marks what cannot be imported
+  with pytest.raises(InputError, match=r"needs PyTorch: pip install 'dtm_jax\[test\]'"):
+    require_torch()
 
 
 def test_merges_per_iteration_is_the_whole_recorded_table():
