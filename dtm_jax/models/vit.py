@@ -1,4 +1,6 @@
-"""The student: a BEiT-style ViT with mask tokens and relative position bias."""
+"""BEiT-style ViTs with relative position bias: the student of pre-training, and the classifier of fine-tuning."""
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -10,6 +12,9 @@ from dtm_jax.models.layers import Dense, LayerNorm, PatchEmbed, gelu
 _EPSILON = 1e-6
 _INIT_STD = 0.02
 _MLP_RATIO = 4
+_HEAD_INIT_SCALE = 0.001  # of a new classifier's head (BEiT's `init_scale`)
+
+KernelInit = Callable[[float], nn.initializers.Initializer]  # divisor -> initialiser
 
 
 def truncated_normal(divisor: float = 1.0) -> nn.initializers.Initializer:
@@ -21,6 +26,11 @@ def truncated_normal(divisor: float = 1.0) -> nn.initializers.Initializer:
   return init
 
 
+def normal(divisor: float = 1.0) -> nn.initializers.Initializer:
+  """Normal of std 0.02, over `divisor`: BEiT's fine-tuning model cuts it at +-2, a hundred times its std."""
+  return nn.initializers.normal(_INIT_STD / divisor)
+
+
 class Attention(nn.Module):
   """Multi-head self-attention; q and v have biases, k has none. [B, T, D] -> [B, T, D]."""
 
@@ -29,20 +39,22 @@ class Attention(nn.Module):
   depth_divisor: float
   dtype: jnp.dtype
   implementation: str
+  kernel_init: KernelInit
 
   @nn.compact
-  def __call__(self, x: jax.Array, shared_table: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, shared_table: jax.Array | None) -> jax.Array:
     batch, length, width = x.shape
     table = self.param("rel_pos_bias", nn.initializers.zeros, (num_relative_positions(self.grid), self.heads))
+    table = table if shared_table is None else table + shared_table
 
     def heads_of(name: str, use_bias: bool) -> jax.Array:
-      dense = Dense(width, use_bias=use_bias, dtype=self.dtype, kernel_init=truncated_normal(), name=name)
+      dense = Dense(width, use_bias=use_bias, dtype=self.dtype, kernel_init=self.kernel_init(1.0), name=name)
       return dense(x).reshape(batch, length, self.heads, width // self.heads)
 
     query, key, value = heads_of("q", True), heads_of("k", False), heads_of("v", True)
-    bias = relative_position_bias(table + shared_table, self.grid)
+    bias = relative_position_bias(table, self.grid)
     attended = dot_product_attention(query, key, value, bias, self.implementation).reshape(x.shape)
-    return Dense(width, dtype=self.dtype, kernel_init=truncated_normal(self.depth_divisor), name="proj")(attended)
+    return Dense(width, dtype=self.dtype, kernel_init=self.kernel_init(self.depth_divisor), name="proj")(attended)
 
 
 class Mlp(nn.Module):
@@ -50,12 +62,13 @@ class Mlp(nn.Module):
 
   depth_divisor: float
   dtype: jnp.dtype
+  kernel_init: KernelInit
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     width = x.shape[-1]
-    x = gelu(Dense(_MLP_RATIO * width, dtype=self.dtype, kernel_init=truncated_normal(), name="fc1")(x))
-    return Dense(width, dtype=self.dtype, kernel_init=truncated_normal(self.depth_divisor), name="fc2")(x)
+    x = gelu(Dense(_MLP_RATIO * width, dtype=self.dtype, kernel_init=self.kernel_init(1.0), name="fc1")(x))
+    return Dense(width, dtype=self.dtype, kernel_init=self.kernel_init(self.depth_divisor), name="fc2")(x)
 
 
 class Block(nn.Module):
@@ -67,13 +80,16 @@ class Block(nn.Module):
   layer_scale: float
   dtype: jnp.dtype
   attention: str
+  kernel_init: KernelInit
 
   @nn.compact
-  def __call__(self, x: jax.Array, shared_table: jax.Array, branch_scale: jax.Array | None) -> jax.Array:
+  def __call__(self, x: jax.Array, shared_table: jax.Array | None, branch_scale: jax.Array | None) -> jax.Array:
     """Args: x float32 [B, T, D]; shared_table [rows, heads]; branch_scale [2, B], stochastic depth's 0 or 1 / keep."""
     depth_divisor = (2 * self.layer) ** 0.5
-    attention = Attention(self.heads, self.grid, depth_divisor, self.dtype, self.attention, name="attn")
-    mlp = Mlp(depth_divisor, self.dtype, name="mlp")
+    attention = Attention(
+      self.heads, self.grid, depth_divisor, self.dtype, self.attention, self.kernel_init, name="attn"
+    )
+    mlp = Mlp(depth_divisor, self.dtype, self.kernel_init, name="mlp")
     branches = (
       ("norm1", "gamma_1", lambda y: attention(y, shared_table)),
       ("norm2", "gamma_2", mlp),
@@ -86,11 +102,12 @@ class Block(nn.Module):
     return x
 
 
-class ViT(nn.Module):
-  """Vision Transformer that predicts a target token at every patch, masked or not.
+class Backbone(nn.Module):
+  """What both tasks share: patches and class token through the blocks.
 
   Parameters are one leaf per layer whether layers are scanned or not, so a
-  checkpoint fits both.
+  checkpoint fits both. Where they are not scanned, `residual_stream` in the
+  collection "intermediates" is what enters the first block and leaves each.
   """
 
   width: int
@@ -99,22 +116,75 @@ class ViT(nn.Module):
   layer_scale: float
   patch_size: int  # pixels
   grid: tuple[int, int]  # patches (down, across)
-  out_dim: int  # width of the target tokens
   drop_path: float = 0.0  # of the last block, linear from 0 at the first
   dtype: jnp.dtype = jnp.float32  # of matrix products
   attention: str = "matmul"
   scan_layers: bool = False
   remat: bool = False
 
+  kernel_init = staticmethod(truncated_normal)  # a KernelInit
+
   def setup(self):
-    rows = num_relative_positions(self.grid)
-    self.cls_token = self.param("cls_token", truncated_normal(), (1, 1, self.width))
-    self.mask_token = self.param("mask_token", truncated_normal(), (1, 1, self.width))
-    self.rel_pos_bias = self.param("rel_pos_bias", nn.initializers.zeros, (rows, self.heads))
-    self.patch_embed = PatchEmbed(self.width, self.patch_size, kernel_init=truncated_normal(), dtype=self.dtype)
+    init = self.kernel_init
+    self.cls_token = self.param("cls_token", init(1.0), (1, 1, self.width))
+    self.patch_embed = PatchEmbed(self.width, self.patch_size, kernel_init=init(1.0), dtype=self.dtype)
     self.block = [
-      Block(i + 1, self.heads, self.grid, self.layer_scale, self.dtype, self.attention) for i in range(self.depth)
+      Block(i + 1, self.heads, self.grid, self.layer_scale, self.dtype, self.attention, init) for i in range(self.depth)
     ]
+
+  def _embed(self, images, mask=None, mask_token=None):
+    """Class token, then patches, masked ones replaced by the mask token."""
+    x = self.patch_embed(images).astype(jnp.float32)
+    if mask is not None:
+      x = jnp.where(mask[..., None], mask_token, x)
+    x = jnp.concatenate([jnp.broadcast_to(self.cls_token, (x.shape[0], 1, self.width)), x], axis=1)
+    self.sow("intermediates", "residual_stream", x)
+    return x
+
+  def _branch_scales(self, image_keys):
+    """[depth, 2, B] factors of stochastic depth, one draw per image, layer and branch; or None per layer."""
+    if image_keys is None or not self.drop_path:
+      return [None] * self.depth
+    keep = 1 - jnp.linspace(0, self.drop_path, self.depth)[:, None]
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, keep, (self.depth, 2)))(image_keys)
+    return jnp.moveaxis(kept / keep, 0, -1)
+
+  def _blocks(self, x, image_keys, shared_table=None):
+    if self.is_initializing():
+      for block in self.block:
+        x = block(x, shared_table, None)
+      return x
+
+    # Blocks differ in their initial values only, so one stands for all.
+    block = self.block[0].clone(parent=None)
+
+    def layer(x, inputs):
+      params, branch_scale = inputs
+      return block.apply({"params": params}, x, shared_table, branch_scale), None
+
+    if self.remat:
+      layer = jax.checkpoint(layer, prevent_cse=not self.scan_layers)
+    params, branch_scales = [b.variables["params"] for b in self.block], self._branch_scales(image_keys)
+    if not self.scan_layers:
+      for inputs in zip(params, branch_scales, strict=True):
+        x, _ = layer(x, inputs)
+        self.sow("intermediates", "residual_stream", x)
+      return x
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+    scales = None if branch_scales[0] is None else branch_scales
+    return jax.lax.scan(layer, x, (stacked, scales))[0]
+
+
+class ViT(Backbone, kw_only=True):
+  """The student: predicts a target token at every patch, masked or not."""
+
+  out_dim: int  # width of the target tokens
+
+  def setup(self):
+    super().setup()
+    self.mask_token = self.param("mask_token", truncated_normal(), (1, 1, self.width))
+    rows = num_relative_positions(self.grid)
+    self.rel_pos_bias = self.param("rel_pos_bias", nn.initializers.zeros, (rows, self.heads))
     self.norm = LayerNorm(_EPSILON, jnp.float32)
     self.head = Dense(self.out_dim, dtype=self.dtype, kernel_init=truncated_normal())
 
@@ -137,40 +207,35 @@ class ViT(nn.Module):
     return self._encode(images, None, None)
 
   def _encode(self, images, mask, image_keys):
-    x = self.patch_embed(images).astype(jnp.float32)
-    if mask is not None:
-      x = jnp.where(mask[..., None], self.mask_token, x)
-    x = jnp.concatenate([jnp.broadcast_to(self.cls_token, (x.shape[0], 1, self.width)), x], axis=1)
-    return self.norm(self._blocks(x, self._branch_scales(image_keys)))
+    return self.norm(self._blocks(self._embed(images, mask, self.mask_token), image_keys, self.rel_pos_bias))
 
-  def _branch_scales(self, image_keys):
-    """[depth, 2, B] factors of stochastic depth, one draw per image, layer and branch; or None per layer."""
-    if image_keys is None or not self.drop_path:
-      return [None] * self.depth
-    keep = 1 - jnp.linspace(0, self.drop_path, self.depth)[:, None]
-    kept = jax.vmap(lambda key: jax.random.bernoulli(key, keep, (self.depth, 2)))(image_keys)
-    return jnp.moveaxis(kept / keep, 0, -1)
 
-  def _blocks(self, x, branch_scales):
-    if self.is_initializing():
-      for block in self.block:
-        x = block(x, self.rel_pos_bias, None)
-      return x
+class Classifier(Backbone, kw_only=True):
+  """The fine-tuning model: a bias table per block only, and the mean of the patch tokens decides."""
 
-    # Blocks differ in their initial values only, so one stands for all.
-    block = self.block[0].clone(parent=None)
+  num_classes: int
 
-    def layer(x, inputs):
-      params, branch_scale = inputs
-      return block.apply({"params": params}, x, self.rel_pos_bias, branch_scale), None
+  kernel_init = staticmethod(normal)
 
-    if self.remat:
-      layer = jax.checkpoint(layer, prevent_cse=not self.scan_layers)
-    params = [b.variables["params"] for b in self.block]
-    if not self.scan_layers:
-      for inputs in zip(params, branch_scales, strict=True):
-        x, _ = layer(x, inputs)
-      return x
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-    scales = None if branch_scales[0] is None else branch_scales
-    return jax.lax.scan(layer, x, (stacked, scales))[0]
+  def setup(self):
+    super().setup()
+    self.fc_norm = LayerNorm(_EPSILON, self.dtype)
+    # A division by 1 / scale: the head starts near zero.
+    self.head = Dense(self.num_classes, dtype=self.dtype, kernel_init=normal(1 / _HEAD_INIT_SCALE))
+
+  def __call__(self, images: jax.Array, image_keys: jax.Array | None = None) -> jax.Array:
+    """Class scores.
+
+    Args:
+      images: float32 [B, H, W, 3], normalised.
+      image_keys: PRNG keys [B] for stochastic depth; None turns it off.
+
+    Returns:
+      float32 [B, num_classes], logits.
+    """
+    tokens = self._blocks(self._embed(images), image_keys)
+    return self.head(self.fc_norm(tokens[:, 1:].mean(axis=1))).astype(jnp.float32)
+
+  def features(self, images: jax.Array) -> jax.Array:
+    """float32 [B, H, W, 3] -> float32 [B, 1 + N, D]: class and patch tokens after the last block."""
+    return self._blocks(self._embed(images), None)
