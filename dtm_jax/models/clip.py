@@ -53,7 +53,7 @@ class Attention(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     width = x.shape[-1]
     query, key, value = (
-      Dense(width, dtype=self.dtype, name=f"block_{i}")(x).reshape(*x.shape[:-1], self.heads, -1) for name in "qkv"
+      Dense(width, dtype=self.dtype, name=name)(x).reshape(*x.shape[:-1], self.heads, -1) for name in "qkv"
     )
     attended = dot_product_attention(query, key, value, None, self.implementation)
     return Dense(width, dtype=self.dtype, name="proj")(attended.reshape(x.shape))
@@ -125,7 +125,6 @@ class ClipVision(nn.Module):
     x = LayerNorm(_EPSILON, name="ln_pre")(self._embed(images))
     self.sow("intermediates", "residual_stream", x)
     for i in range(self.depth):
-      name = f"block_{i}"
       x = Block(self.heads, self.dtype, self.attention, name=f"block_{i}")(x)
       self.sow("intermediates", "residual_stream", x)
     x = LayerNorm(_EPSILON, self.dtype, name="ln_post")(x)
