@@ -1,7 +1,7 @@
-"""Student and CLIP vision tower in plain PyTorch, for `torch_reference`.
+"""Student, fine-tuning model and CLIP vision tower in plain PyTorch, for `torch_reference`.
 
-Parameter names are those of the public checkpoints: BEiT's for the student, OpenAI's for the CLIP tower. There is no
-stochastic depth, because a comparison needs steps that repeat.
+Parameter names are those of the public checkpoints: BEiT's for the student and the fine-tuning model, OpenAI's for the
+CLIP tower. There is no stochastic depth, because a comparison needs steps that repeat.
 """
 
 import math
@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from dtm_jax.models.variants import Variant
 
-_STUDENT_EPS = 1e-6
+_BEIT_EPS = 1e-6
 _CLIP_EPS = 1e-5
 _CLIP_HEAD_WIDTH = 64  # every CLIP ViT: heads = width / 64
 _MLP_RATIO = 4
+_INIT_STD = 0.02
+_FINETUNE_INIT_BOUND = 2.0
+_HEAD_INIT_SCALE = 0.001
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, sdpa: bool) -> Tensor:
@@ -36,7 +39,7 @@ def _attend(qkv: Tensor, heads: int, bias: Tensor | None, *, sdpa: bool) -> Tens
   return attention(q, k, v, bias, sdpa=sdpa).transpose(1, 2).reshape(batch, tokens, -1)
 
 
-# ------------------------------------------------------------ student
+# ------------------------------------------------------------ student and fine-tuning model
 
 
 def relative_position_index(grid: tuple[int, int]) -> Tensor:
@@ -70,7 +73,7 @@ class RelativePositionBias(nn.Module):
     return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
 
 
-class StudentAttention(RelativePositionBias):
+class BiasedAttention(RelativePositionBias):
   """Self-attention that owns a bias table (a base class, because the checkpoints keep both under one name)."""
 
   def __init__(self, grid: tuple[int, int], width: int, heads: int, *, sdpa: bool):
@@ -81,10 +84,11 @@ class StudentAttention(RelativePositionBias):
     self.v_bias = nn.Parameter(torch.zeros(width))
     self.proj = nn.Linear(width, width)
 
-  def forward(self, x: Tensor, shared_bias: Tensor) -> Tensor:
+  def forward(self, x: Tensor, shared_bias: Tensor | None) -> Tensor:
     qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
     qkv = F.linear(x, self.qkv.weight, qkv_bias)
-    return self.proj(_attend(qkv, self.heads, self.bias() + shared_bias, sdpa=self.sdpa))
+    bias = self.bias() if shared_bias is None else self.bias() + shared_bias
+    return self.proj(_attend(qkv, self.heads, bias, sdpa=self.sdpa))
 
 
 class Mlp(nn.Module):
@@ -97,17 +101,17 @@ class Mlp(nn.Module):
     return self.fc2(F.gelu(self.fc1(x)))
 
 
-class StudentBlock(nn.Module):
+class Block(nn.Module):
   def __init__(self, grid: tuple[int, int], size: Variant, *, sdpa: bool):
     super().__init__()
-    self.norm1 = nn.LayerNorm(size.width, eps=_STUDENT_EPS)
-    self.attn = StudentAttention(grid, size.width, size.heads, sdpa=sdpa)
+    self.norm1 = nn.LayerNorm(size.width, eps=_BEIT_EPS)
+    self.attn = BiasedAttention(grid, size.width, size.heads, sdpa=sdpa)
     self.gamma_1 = nn.Parameter(torch.full((size.width,), size.layer_scale))
-    self.norm2 = nn.LayerNorm(size.width, eps=_STUDENT_EPS)
+    self.norm2 = nn.LayerNorm(size.width, eps=_BEIT_EPS)
     self.mlp = Mlp(size.width)
     self.gamma_2 = nn.Parameter(torch.full((size.width,), size.layer_scale))
 
-  def forward(self, x: Tensor, shared_bias: Tensor) -> Tensor:
+  def forward(self, x: Tensor, shared_bias: Tensor | None) -> Tensor:
     x = x + self.gamma_1 * self.attn(self.norm1(x), shared_bias)
     return x + self.gamma_2 * self.mlp(self.norm2(x))
 
@@ -121,55 +125,90 @@ class PatchEmbed(nn.Module):
     return self.proj(images).flatten(2).transpose(1, 2)
 
 
-class Student(nn.Module):
-  """BEiT-style ViT that predicts one vector per patch.
+class Encoder(nn.Module):
+  """What pre-training and fine-tuning share: class token, patches, and blocks that own a bias table each.
 
   Args:
     size: an entry of `dtm_jax.models.variants.VARIANTS`, or another.
     grid: patches (down, across).
     patch_size: pixels.
-    out_dim: width K of the predicted tokens.
     sdpa: `F.scaled_dot_product_attention` instead of matmul, softmax, matmul.
   """
 
-  def __init__(self, size: Variant, grid: tuple[int, int], patch_size: int, out_dim: int, *, sdpa: bool = False):
+  def __init__(self, size: Variant, grid: tuple[int, int], patch_size: int, *, sdpa: bool):
     super().__init__()
     self.cls_token = nn.Parameter(torch.zeros(1, 1, size.width))
-    self.mask_token = nn.Parameter(torch.zeros(1, 1, size.width))
     self.patch_embed = PatchEmbed(patch_size, size.width)
-    self.rel_pos_bias = RelativePositionBias(grid, size.heads)
-    self.blocks = nn.ModuleList(StudentBlock(grid, size, sdpa=sdpa) for _ in range(size.depth))
-    self.norm = nn.LayerNorm(size.width, eps=_STUDENT_EPS)
-    self.lm_head = nn.Linear(size.width, out_dim)
-    self._initialize()
+    self.blocks = nn.ModuleList(Block(grid, size, sdpa=sdpa) for _ in range(size.depth))
+
+  def encode(self, patches: Tensor, shared_bias: Tensor | None) -> Tensor:
+    """Embedded patches [B, N, D] -> class and patch tokens after the last block, [B, 1 + N, D]."""
+    x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+    for block in self.blocks:
+      x = block(x, shared_bias)
+    return x
 
   @torch.no_grad()
-  def _initialize(self, std: float = 0.02) -> None:
+  def _initialize(self, bound: float) -> None:
+    """Normal of std 0.02 cut at +-bound; output kernels of block i, from 1, over sqrt(2 i). To be called last."""
+
+    def draw(parameter):
+      nn.init.trunc_normal_(parameter, std=_INIT_STD, a=-bound, b=bound)
+
     for module in self.modules():
       if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.trunc_normal_(module.weight, std=std, a=-std, b=std)
+        draw(module.weight)
         if module.bias is not None:
           nn.init.zeros_(module.bias)
-    for token in (self.cls_token, self.mask_token):
-      nn.init.trunc_normal_(token, std=std, a=-std, b=std)
+    for name, parameter in self.named_parameters():
+      if name in ("cls_token", "mask_token"):
+        draw(parameter)
     for i, block in enumerate(self.blocks, start=1):
       block.attn.proj.weight.div_(math.sqrt(2 * i))
       block.mlp.fc2.weight.div_(math.sqrt(2 * i))
 
+
+class Student(Encoder):
+  """BEiT-style ViT that predicts one vector per patch; see `Encoder`, and `out_dim` is the vectors' width K."""
+
+  def __init__(self, size: Variant, grid: tuple[int, int], patch_size: int, out_dim: int, *, sdpa: bool = False):
+    super().__init__(size, grid, patch_size, sdpa=sdpa)
+    self.mask_token = nn.Parameter(torch.zeros(1, 1, size.width))
+    self.rel_pos_bias = RelativePositionBias(grid, size.heads)
+    self.norm = nn.LayerNorm(size.width, eps=_BEIT_EPS)
+    self.lm_head = nn.Linear(size.width, out_dim)
+    self._initialize(bound=_INIT_STD)
+
   def features(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
     """Class and patch tokens after the final norm, [B, 1 + N, D]; see `forward` for the arguments."""
-    x = self.patch_embed(images)
+    patches = self.patch_embed(images)
     if mask is not None:
-      x = torch.where(mask.unsqueeze(-1), self.mask_token, x)
-    x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-    shared_bias = self.rel_pos_bias.bias()
-    for block in self.blocks:
-      x = block(x, shared_bias)
-    return self.norm(x)
+      patches = torch.where(mask.unsqueeze(-1), self.mask_token, patches)
+    return self.norm(self.encode(patches, self.rel_pos_bias.bias()))
 
   def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
     """Normalised images [B, 3, height, width] and masks bool [B, N] (True = masked) -> tokens [B, N, K]."""
     return self.lm_head(self.features(images, mask)[:, 1:])
+
+
+class Classifier(Encoder):
+  """BEiT-style ViT for fine-tuning: a head on the normalised mean of the patch tokens; see `Encoder`."""
+
+  def __init__(self, size: Variant, grid: tuple[int, int], patch_size: int, num_classes: int, *, sdpa: bool = False):
+    super().__init__(size, grid, patch_size, sdpa=sdpa)
+    self.fc_norm = nn.LayerNorm(size.width, eps=_BEIT_EPS)
+    self.head = nn.Linear(size.width, num_classes)
+    self._initialize(bound=_FINETUNE_INIT_BOUND)
+    with torch.no_grad():
+      self.head.weight.mul_(_HEAD_INIT_SCALE)
+
+  def features(self, images: Tensor) -> Tensor:
+    """Class and patch tokens after the last block, without a norm, [B, 1 + N, D]."""
+    return self.encode(self.patch_embed(images), None)
+
+  def forward(self, images: Tensor) -> Tensor:
+    """Normalised images [B, 3, height, width] -> logits [B, num_classes]."""
+    return self.head(self.fc_norm(self.features(images)[:, 1:].mean(dim=1)))
 
 
 # ------------------------------------------------------------ CLIP vision tower

@@ -1,18 +1,20 @@
-"""The whole training step in plain PyTorch: what the JAX code is compared with.
+"""Whole training steps in plain PyTorch: what the JAX code is compared with.
 
 Written from the method's description as a PyTorch user would write it (shrinking shapes, Python integers for the
 schedule, float32), so that speed and numbers of the two can be told side by side. The models are in `torch_models`.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from dtm_jax.errors import InputError
-from dtm_jax.numerics.torch_models import Student
+from dtm_jax.numerics.torch_models import Classifier, Encoder, Student
 
 # ------------------------------------------------------------ morphing and loss
 
@@ -24,13 +26,14 @@ def merges_per_iteration(num_merged: int, iterations: int, budget: int) -> int:
 
 
 @torch.no_grad()
-def group_tokens(tokens: Tensor, merges: int, iterations: int) -> tuple[Tensor, int]:
-  """Groups the tokens of each image by iterated bipartite matching; token 0 never merges.
+def group_tokens(tokens: Tensor, merges: int, iterations: int, *, protect_first: bool = True) -> tuple[Tensor, int]:
+  """Groups the tokens of each image by iterated bipartite matching.
 
   Args:
     tokens: float32 [B, N, D].
     merges: tokens to merge in each iteration.
     iterations: number of iterations.
+    protect_first: token 0 never merges.
 
   Returns:
     The group of each token, int64 [B, N] in 0..G-1, and the number of groups G (the same for all images).
@@ -38,15 +41,15 @@ def group_tokens(tokens: Tensor, merges: int, iterations: int) -> tuple[Tensor, 
   sums = tokens
   group = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
   for _ in range(iterations):
-    r = min(merges, (sums.shape[1] - 1) // 2)
+    r = min(merges, (sums.shape[1] - protect_first) // 2)
     if r == 0:
       break
-    sums, moved_to = _match(sums, r)
+    sums, moved_to = _match(sums, r, protect_first)
     group = moved_to.gather(1, group)
   return group, sums.shape[1]
 
 
-def _match(sums: Tensor, r: int) -> tuple[Tensor, Tensor]:
+def _match(sums: Tensor, r: int, protect_first: bool) -> tuple[Tensor, Tensor]:
   """One matching iteration.
 
   Returns the new group sums [B, t - r, D] and, for each old position, its new one, int64 [B, t].
@@ -54,7 +57,8 @@ def _match(sums: Tensor, r: int) -> tuple[Tensor, Tensor]:
   a, b = sums[:, ::2], sums[:, 1::2]
   unit = F.normalize(sums, dim=-1)  # a group's mean has the direction of its sum
   scores = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
-  scores[:, 0] = -torch.inf
+  if protect_first:
+    scores[:, 0] = -torch.inf
   edge, partner = scores.max(dim=-1)
   order = edge.argsort(dim=-1, descending=True, stable=True)
   source, kept = order[:, :r], order[:, r:].sort(dim=-1).values
@@ -91,37 +95,80 @@ def morph(tokens: Tensor, group: Tensor, num_groups: int) -> Tensor:
   return means.gather(1, _columns(group, tokens))
 
 
-def _negative_cosine(online: Tensor, target: Tensor) -> Tensor:
-  return (1 - F.cosine_similarity(online, target, dim=-1, eps=1e-6)).mean()
+def normalize_tokens(tokens: Tensor) -> Tensor:
+  """Each token minus its mean, over the root of its unbiased variance + 1e-6. [..., D] -> [..., D]."""
+  variance, mean = torch.var_mean(tokens, dim=-1, keepdim=True)
+  return (tokens - mean) / (variance + 1e-6).sqrt()
 
 
+# Of two [B, N, D] to [B, N].
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-  "smooth_l1": lambda online, target: F.smooth_l1_loss(online, target, beta=2.0),
-  "l1": F.l1_loss,
-  "l2": F.mse_loss,
-  "negative_cosine": _negative_cosine,
+  "smooth_l1": lambda online, target: F.smooth_l1_loss(online, target, beta=2.0, reduction="none").mean(dim=-1),
+  "l1": lambda online, target: F.l1_loss(online, target, reduction="none").mean(dim=-1),
+  "l2": lambda online, target: F.mse_loss(online, target, reduction="none").mean(dim=-1),
+  "negative_cosine": lambda online, target: 1 - F.cosine_similarity(online, target, dim=-1, eps=1e-6),
 }
+
+# One schedule [L] for the whole batch, or one for each image, [B][L].
+Draws = Sequence[int] | Sequence[Sequence[int]]
 
 
 def dtm_loss(
-  online: Tensor, target: Tensor, merges: Sequence[int], iterations: Sequence[int], *, distance: str = "smooth_l1"
+  online: Tensor,
+  target: Tensor,
+  merges: Draws,
+  iterations: Draws,
+  *,
+  distance: str = "smooth_l1",
+  mask: Tensor | None = None,
+  protect_first: bool = True,
+  normalize_targets: bool = False,
 ) -> Tensor:
   """Mean over the draws of the distance between morphed online and morphed target tokens [B, N, D].
 
   Args:
     online: the student's tokens; the gradient flows here.
     target: the teacher's tokens, which decide the groups.
-    merges: merges per iteration of each draw; 0 compares token by token.
+    merges: merges per iteration of each draw. No draws at all compare token by token.
     iterations: iterations of each draw.
     distance: a key of `DISTANCES`.
+    mask: bool [B, N], True where a position counts (default: all).
+    protect_first: token 0 never merges.
+    normalize_targets: see `normalize_tokens`; after morphing.
+
+  Returns:
+    A scalar.
+
+  Raises:
+    InputError: an unknown distance.
   """
   if distance not in DISTANCES:
     raise InputError(f"distance={distance!r} is not one of {', '.join(DISTANCES)}")
+
+  def compare(online: Tensor, target: Tensor) -> Tensor:
+    target = normalize_tokens(target) if normalize_targets else target
+    distances = DISTANCES[distance](online, target)
+    return (distances if mask is None else distances[mask]).mean()
+
   losses = []
-  for r, k in zip(merges, iterations, strict=True):
-    group, num_groups = group_tokens(target, r, k)
-    losses.append(DISTANCES[distance](morph(online, group, num_groups), morph(target, group, num_groups)))
-  return torch.stack(losses).mean()
+  for r, k in zip(_by_draw(merges), _by_draw(iterations), strict=True):
+    group, num_groups = _group_images(target, r, k, protect_first)
+    losses.append(compare(morph(online, group, num_groups), morph(target, group, num_groups)))
+  return torch.stack(losses).mean() if losses else compare(online, target)
+
+
+def _by_draw(values: Draws) -> list[int] | list[tuple[int, ...]]:
+  """One entry for each draw: an int, or one for each image."""
+  return list(zip(*values, strict=True)) if values and isinstance(values[0], Sequence) else list(values)
+
+
+def _group_images(target: Tensor, merges, iterations, protect_first: bool) -> tuple[Tensor, int]:
+  """`group_tokens`, image by image where each has its own schedule; some of the N groups are empty then."""
+  if isinstance(merges, int):
+    return group_tokens(target, merges, iterations, protect_first=protect_first)
+  schedules = zip(target.split(1), merges, iterations, strict=True)
+  groups = [group_tokens(image, r, k, protect_first=protect_first)[0] for image, r, k in schedules]
+  return torch.cat(groups), target.shape[1]
 
 
 # ------------------------------------------------------------ optimiser and step
@@ -132,16 +179,35 @@ def is_decayed(name: str, parameter: Tensor) -> bool:
   return parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
 
 
+def lr_scale(name: str, depth: int, layer_decay: float) -> float:
+  """What multiplies a parameter's learning rate: `layer_decay` for each layer between it and the head."""
+  if name in ("cls_token", "mask_token", "pos_embed") or name.startswith("patch_embed."):
+    layer = 0
+  elif name.startswith("blocks."):
+    layer = int(name.split(".")[1]) + 1
+  else:
+    layer = depth + 1
+  return layer_decay ** (depth + 1 - layer)
+
+
 def make_optimizer(
-  model: nn.Module, *, betas: tuple[float, float], eps: float, weight_decay: float
+  model: Encoder, *, betas: tuple[float, float], eps: float, weight_decay: float, layer_decay: float = 1.0
 ) -> torch.optim.AdamW:
-  """AdamW over all parameters of `model`; `train_step` sets the learning rate."""
-  named = list(model.named_parameters())
-  groups = [
-    {"params": [p for name, p in named if is_decayed(name, p)], "weight_decay": weight_decay},
-    {"params": [p for name, p in named if not is_decayed(name, p)], "weight_decay": 0.0},
-  ]
-  return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+  """AdamW over all parameters of `model`; a step sets each group's learning rate, times its `lr_scale`."""
+  groups = {}
+  for name, parameter in model.named_parameters():
+    kind = is_decayed(name, parameter), lr_scale(name, len(model.blocks), layer_decay)
+    groups.setdefault(kind, []).append(parameter)
+  return torch.optim.AdamW(
+    [
+      {"params": parameters, "weight_decay": weight_decay if decayed else 0.0, "lr_scale": scale}
+      for (decayed, scale), parameters in groups.items()
+    ],
+    lr=0.0,
+    betas=betas,
+    eps=eps,
+    fused=True,
+  )
 
 
 def learning_rate(step: int, *, peak: float, final: float, warmup_steps: int, total_steps: int) -> float:
@@ -154,41 +220,89 @@ def learning_rate(step: int, *, peak: float, final: float, warmup_steps: int, to
 
 def train_step(
   student: Student,
-  teacher: nn.Module,
+  teacher: Callable[[Tensor], Tensor] | Tensor,
   optimizer: torch.optim.Optimizer,
   images: Tensor,
   mask: Tensor,
-  merges: Sequence[int],
-  iterations: Sequence[int],
+  merges: Draws,
+  iterations: Draws,
   *,
   lr: float,
   max_grad_norm: float = 3.0,
-  distance: str = "smooth_l1",
+  dtype: torch.dtype = torch.float32,
+  loss_on: str = "all",
+  **loss_options: Any,
 ) -> tuple[Tensor, Tensor]:
-  """One optimiser step, in place.
+  """One step of pre-training, in place.
 
   Args:
     student: the model that learns.
-    teacher: images -> target tokens [B, N, K].
+    teacher: images -> target tokens [B, N, K]; or these tokens.
     optimizer: from `make_optimizer`.
     images: normalised float32 [B, 3, height, width].
     mask: bool [B, N], True = masked.
     merges: merges per iteration of each draw.
     iterations: iterations of each draw.
     lr: learning rate of this step.
-    max_grad_norm: the gradient's global norm is clipped to this.
-    distance: a key of `DISTANCES`.
+    max_grad_norm: the gradient's global norm is clipped to this; `math.inf` does not.
+    dtype: bfloat16 runs both models under `torch.autocast`; the loss is always computed in float32.
+    loss_on: "all" positions, or the "masked" ones.
+    **loss_options: of `dtm_loss`.
 
   Returns:
     Loss and gradient norm before clipping, both scalars.
   """
-  with torch.no_grad():
-    target = teacher(images)
-  loss = dtm_loss(student(images, mask), target, merges, iterations, distance=distance)
+  with _autocast(images, dtype):
+    with torch.no_grad():
+      target = teacher if isinstance(teacher, Tensor) else teacher(images)
+    online = student(images, mask)
+  counted = mask if loss_on == "masked" else None
+  loss = dtm_loss(online.float(), target.float(), merges, iterations, mask=counted, **loss_options)
+  return loss.detach(), _update(student, optimizer, loss, lr, max_grad_norm)
+
+
+def finetune_step(
+  model: Classifier,
+  optimizer: torch.optim.Optimizer,
+  images: Tensor,
+  target: Tensor,
+  *,
+  lr: float,
+  max_grad_norm: float = math.inf,
+  dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+  """One step of fine-tuning with soft targets, in place.
+
+  Args:
+    model: the model that learns.
+    optimizer: from `make_optimizer`.
+    images: normalised float32 [B, 3, height, width].
+    target: probabilities float32 [B, num_classes].
+    lr: learning rate of the head; layers below have theirs from the optimiser's `layer_decay`.
+    max_grad_norm: see `train_step`.
+    dtype: see `train_step`.
+
+  Returns:
+    Loss, gradient norm before clipping, and the logits [B, num_classes] before the step.
+  """
+  with _autocast(images, dtype):
+    logits = model(images)
+  loss = F.cross_entropy(logits.float(), target)
+  return loss.detach(), _update(model, optimizer, loss, lr, max_grad_norm), logits.detach().float()
+
+
+def _autocast(images: Tensor, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+  return torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def _update(
+  model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, lr: float, max_grad_norm: float
+) -> Tensor:
+  """Gradients of `loss`, clipped, then one optimiser step; the norm before clipping."""
   optimizer.zero_grad(set_to_none=True)
   loss.backward()
-  grad_norm = nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)
+  grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
   for group in optimizer.param_groups:
-    group["lr"] = lr
+    group["lr"] = lr * group["lr_scale"]
   optimizer.step()
-  return loss.detach(), grad_norm
+  return grad_norm
