@@ -19,12 +19,32 @@ def parse(argv: list[str]) -> tuple[ConfigDict, pathlib.Path]:
     argv: the program, then its arguments.
 
   Raises:
+    InputError: see `parse_config`.
+  """
+  values = flags.FlagValues()
+  workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
+  config, name = _parse(argv, values)
+  return config, pathlib.Path(workdir.value or f"runs/{name}")
+
+
+def parse_config(argv: list[str]) -> ConfigDict:
+  """Reads `--config` and its overrides, for commands that have taken out their own options.
+
+  Args:
+    argv: the program, then its arguments.
+
+  Raises:
     InputError: an option that does not exist or cannot be read, or a config file that cannot be loaded. Keys that the
       config does not have pass, to be named with their neighbours by `config.resolve`.
   """
+  return _parse(argv, flags.FlagValues())[0]
+
+
+def _parse(argv: list[str], values: flags.FlagValues) -> tuple[ConfigDict, str]:
+  """The config and its file's name; fills `values`, in which further options may be defined."""
   flags.FLAGS(argv[:1])  # absl's own settings, which its log and Grain read
   try:
-    return _parse(argv)
+    return _load(argv, values)
   except InputError:
     raise
   except flags.Error as error:
@@ -34,16 +54,14 @@ def parse(argv: list[str]) -> tuple[ConfigDict, pathlib.Path]:
     raise InputError(f"cannot load {given} ({_reason(error)}); mend the file or option") from error
 
 
-def _parse(argv: list[str]) -> tuple[ConfigDict, pathlib.Path]:
-  values = flags.FlagValues()
+def _load(argv: list[str], values: flags.FlagValues) -> tuple[ConfigDict, str]:
   options = {"flag_values": values, "sys_argv": argv, "lock_config": False, "accept_new_attributes": True}
   config = config_flags.DEFINE_config_file("config", str(_CONFIG_FOLDER / "quickstart.py"), **options)
-  workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
   unknown = values([_find_shipped(word) for word in argv])[1:]
   if unknown:
     raise InputError(f"{unknown[0]!r} is not an option; a config file is given as --config=FILE")
   name = pathlib.Path(config_flags.get_config_filename(values["config"]).partition(":")[0]).stem
-  return config.value.copy_and_resolve_references(), pathlib.Path(workdir.value or f"runs/{name}")
+  return config.value.copy_and_resolve_references(), name
 
 
 def _find_shipped(word: str) -> str:

@@ -5,6 +5,7 @@ import pathlib
 import pytest
 
 from dtm_jax import command_line
+from dtm_jax.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*load_module:DeprecationWarning")
 
@@ -39,3 +40,9 @@ def test_a_file_that_is_there_goes_before_a_shipped_one(tmp_path, monkeypatch):
   body = "from dtm_jax import config\n\ndef get_config():\n  c = config.base()\n  c.run.seed = 5\n  return c\n"
   pathlib.Path("vitb.py").write_text(body)
   assert parse("--config=vitb.py")[0].run.seed == 5
+
+
+def test_a_command_with_options_of_its_own_has_no_work_folder():
+  assert command_line.parse_config(["record", "--config.run.steps=3"]).run.steps == 3
+  with pytest.raises(InputError, match="Unknown command line flag 'workdir'"):
+    command_line.parse_config(["record", "--workdir=x"])
