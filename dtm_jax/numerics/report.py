@@ -1,0 +1,68 @@
+"""What the commands print and write: aligned tables, whole files, and where a figure comes from."""
+
+import contextlib
+import importlib.metadata
+import json
+import pathlib
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from dtm_jax import __version__
+from dtm_jax.errors import InputError
+
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+
+
+def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """Text with the first column flush left and the others flush right."""
+  columns = list(zip(heading, *rows, strict=True))
+  widths = [max(map(len, column)) for column in columns]
+  lines = [
+    "  ".join(
+      [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+    )
+    for line in [heading, *rows]
+  ]
+  return "\n".join(line.rstrip() for line in lines)
+
+
+def environment() -> dict[str, Any]:
+  """Device and versions of the XLA side."""
+  device = jax.devices()[0]
+  return {
+    "device": f"{device.platform} ({device.device_kind})",
+    "versions": {"dtm_jax": __version__, "python": platform.python_version()}
+    | {name: importlib.metadata.version(name) for name in _PACKAGES},
+  }
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Gives a name beside `path` to write to; what was written there takes the place of `path` at the end.
+
+  Raises:
+    InputError: it cannot be written.
+  """
+  unfinished = path.with_name(f".{path.name}.tmp")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield unfinished
+    unfinished.replace(path)
+  except OSError as error:
+    raise InputError(f"cannot write {path} ({error.strerror}); make room or choose another place") from error
+  finally:
+    with contextlib.suppress(OSError):
+      unfinished.unlink()
+
+
+def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+  """Writes in one piece.
+
+  Raises:
+    InputError: the file cannot be written.
+  """
+  with replacing(path) as unfinished:
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
