@@ -198,6 +198,7 @@ class OptimConfig:
   betas: tuple[float, float] = (0.9, 0.98)
   eps: float = 1e-8
   weight_decay: float = 0.05
+  layer_decay: float = 1.0  # of the learning rate, per layer from the head down; 1 is the same rate for all
   clip_norm: float | None = 3.0  # global norm; None does not clip
   accumulate_steps: int = 1  # micro-batches per optimiser step
 
@@ -206,6 +207,7 @@ class OptimConfig:
     _require(self.min_lr >= 0, f"config.optim.min_lr={self.min_lr} must not be negative")
     _require(self.warmup_epochs >= 0, f"config.optim.warmup_epochs={self.warmup_epochs} must not be negative")
     _require(self.weight_decay >= 0, f"config.optim.weight_decay={self.weight_decay} must not be negative")
+    _require(0 < self.layer_decay <= 1, f"config.optim.layer_decay={self.layer_decay} must be in (0, 1]")
     _require(all(0 <= b < 1 for b in self.betas), f"config.optim.betas={self.betas} must be in [0, 1)")
 
 

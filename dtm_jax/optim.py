@@ -14,6 +14,9 @@ Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 # Not decayed although they have more than one dimension (BEiT's `no_weight_decay`).
 _NOT_DECAYED = ("cls_token", "pos_embed")
 
+_BLOCK = "block_"
+_EMBEDDINGS = ("cls_token", "mask_token", "pos_embed", "patch_embed")
+
 # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6.
 _CLIP_EPS = 1e-6
 
@@ -43,6 +46,39 @@ def decay_mask(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
+def layer_scales(params: Any, decay: float) -> Any:
+  """Factor of each parameter's learning rate: `decay` to the power of its distance from the head.
+
+  `decay ** (depth + 1 - layer)`; layer 0 is the tokens and embeddings, i + 1
+  block i, depth + 1 the rest (BEiT's layer-wise decay).
+
+  Args:
+    params: Tree of a ViT's parameters.
+    decay: per layer.
+
+  Returns:
+    The same tree of floats.
+  """
+  depth = sum(name.startswith(_BLOCK) for name in params)
+
+  def layer_of(name):
+    if name in _EMBEDDINGS:
+      return 0
+    return 1 + int(name.removeprefix(_BLOCK)) if name.startswith(_BLOCK) else depth + 1
+
+  return jax.tree_util.tree_map_with_path(lambda path, _: decay ** (depth + 1 - layer_of(path[0].key)), params)
+
+
+def scale_by_layer(decay: float) -> optax.GradientTransformation:
+  """Updates times `layer_scales`."""
+
+  def update(updates, state, params=None):
+    del params
+    return jax.tree.map(jnp.multiply, updates, layer_scales(updates, decay)), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
   """PyTorch's clipping: gradients times min(1, max_norm / (norm + 1e-6))."""
 
@@ -55,11 +91,13 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def create_optimizer(config: OptimConfig, schedule: Schedule) -> optax.GradientTransformation:
-  """Clipping, then AdamW with decoupled decay, as `torch.optim.AdamW` computes it."""
+  """Clipping, then AdamW with decoupled decay, as `torch.optim.AdamW` computes it, at each layer's learning rate."""
   clip = optax.identity() if config.clip_norm is None else clip_by_global_norm(config.clip_norm)
+  layers = optax.identity() if config.layer_decay == 1 else scale_by_layer(config.layer_decay)
   return optax.chain(
     clip,
     optax.scale_by_adam(*config.betas, eps=config.eps),
     optax.add_decayed_weights(config.weight_decay, decay_mask),
+    layers,
     optax.scale_by_learning_rate(schedule),
   )

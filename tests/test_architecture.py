@@ -23,16 +23,20 @@ RANKS = {
   "steps": 6,
   **dict.fromkeys(("checkpoint", "metrics"), 7),
   "loop": 8,
-  **dict.fromkeys(("evaluate", "numerics", "figures"), 9),
+  **dict.fromkeys(("evaluate", "figures"), 9),
   "experiment": 10,
   **dict.fromkeys(("command_line", "console"), 10),
-  "main": 11,
+  **dict.fromkeys(("main", "numerics"), 11),
+  "__main__": 12,
 }
 # Entry points that hand over to what they start, and the lazy public names.
 FREE = {"__init__"}
 
 
 def room(path: pathlib.Path) -> str:
+  """The folder or module of the package that has the rank; commands may call anything."""
+  if path.name == "__main__.py":
+    return "__main__"
   return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 

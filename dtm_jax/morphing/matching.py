@@ -18,8 +18,10 @@ import jax.numpy as jnp
 # Scores decide who merges, so they must not be rounded to TF32 or bfloat16.
 _PRECISION = jax.lax.Precision.HIGHEST
 
-# Rooms as shares of N. Each is compiled once more; these four save a quarter of the time of one.
-_ROOMS = (1.0, 0.75, 0.5, 0.25)
+# Rooms beside the first, as shares of N. Each is compiled once more; these three save a quarter of the time at
+# N = 196. With few tokens there is nothing to save.
+_NEXT_ROOMS = (0.75, 0.5, 0.25)
+_SMALLEST_ROOM = 32
 
 
 class _Groups(NamedTuple):
@@ -84,7 +86,9 @@ def group_tokens(
     return _merge_closest(groups, merges, protect_first)
 
   i = jnp.int32(0)
-  for room, next_room in itertools.pairwise([*(math.ceil(share * num_tokens) for share in _ROOMS), 0]):
+  next_rooms = [math.ceil(share * num_tokens) for share in _NEXT_ROOMS]
+  rooms = [num_tokens, *(room for room in next_rooms if room >= _SMALLEST_ROOM)]
+  for room, next_room in itertools.pairwise([*rooms, 0]):
     groups = _move(groups, room)
     i, groups = jax.lax.while_loop(
       lambda state, next_room=next_room: (state[0] < iterations) & (state[1].active > next_room),

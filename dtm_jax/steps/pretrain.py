@@ -14,11 +14,10 @@ from dtm_jax.losses import dtm_loss, normalize_tokens, token_loss
 from dtm_jax.models.vit import ViT
 from dtm_jax.morphing import sample_schedule
 from dtm_jax.optim import Schedule
+from dtm_jax.steps.accumulation import Metrics, Rows, accumulate
 from dtm_jax.teachers import Teacher
 from dtm_jax.train_state import TrainState, apply_gradients, image_keys, stream_key
 
-Rows = dict[str, jax.Array]  # arrays whose leading axis is the (micro-)batch
-Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Any, Rows], tuple[TrainState, Metrics]]
 Draw = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -52,7 +51,7 @@ def make_train_step(
 
   def train_step(state, teacher_params, batch):
     merges, iterations = draw(state.step)
-    rows = batch | _row_keys(config, state.step)
+    rows = batch | row_keys(config, state.step)
     shared = {}
     (rows if merges.ndim == 2 else shared).update(merges=merges, iterations=iterations)
 
@@ -73,9 +72,7 @@ def make_loss(config: Config, student: ViT, teacher: Teacher) -> Callable[[Any, 
   data, morphing = config.data, config.morphing
 
   def loss(params, teacher_params, rows):
-    images = to_unit(rows["image"])
-    if "jitter_keys" in rows:
-      images = color_jitter(rows["jitter_keys"], images, data.color_jitter)
+    images = augment(config, rows)
     target = teacher.apply(teacher_params, images)
     normal = normalize(images, data.mean, data.std)
     online = student.apply({"params": params}, normal, rows["mask"], rows.get("drop_path_keys"))
@@ -102,6 +99,14 @@ def make_loss(config: Config, student: ViT, teacher: Teacher) -> Callable[[Any, 
   return loss
 
 
+def augment(config: Config, rows: Rows) -> jax.Array:
+  """The images that teacher and student see, float32 [B, S, S, 3] in [0, 1]; rows as `train_step` collects them."""
+  images = to_unit(rows["image"])
+  if "jitter_keys" in rows:
+    images = color_jitter(rows["jitter_keys"], images, config.data.color_jitter)
+  return images
+
+
 def draw_schedules(config: Config, step: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
   """Merges and iterations of one step: [L] where the batch shares them, else [B, L]."""
   morphing, batch_size = config.morphing, config.data.batch_size
@@ -124,7 +129,7 @@ def draw_schedules(config: Config, step: jax.typing.ArrayLike) -> tuple[jax.Arra
   return jax.tree.map(lambda x: jnp.repeat(x, group_size, axis=0), schedules)
 
 
-def _row_keys(config: Config, step: jax.Array) -> Rows:
+def row_keys(config: Config, step: jax.typing.ArrayLike) -> Rows:
   """The keys [B] that this config's step uses up, one for each image."""
   wanted = {
     "jitter_keys": (Stream.COLOR_JITTER, config.data.color_jitter and config.data.color_jitter_on == "device"),
@@ -136,19 +141,3 @@ def _row_keys(config: Config, step: jax.Array) -> Rows:
     for name, (stream, is_wanted) in wanted.items()
     if is_wanted
   }
-
-
-def accumulate(loss_and_grads: Callable[[Rows], Any], rows: Rows, num_micro_batches: int) -> Any:
-  """Means of `loss_and_grads` over equal micro-batches, one at a time: equals one call on all rows."""
-  if num_micro_batches == 1:
-    return loss_and_grads(rows)
-  # Micro-batch j takes rows j, j + k, ...: each device keeps its own rows.
-  micro_batches = jax.tree.map(lambda x: x.reshape(-1, num_micro_batches, *x.shape[1:]).swapaxes(0, 1), rows)
-
-  def add(total, rows):
-    return jax.tree.map(jnp.add, total, loss_and_grads(rows)), None
-
-  first = jax.tree.map(lambda x: x[0], micro_batches)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(loss_and_grads, first))
-  total, _ = jax.lax.scan(add, zeros, micro_batches)
-  return jax.tree.map(lambda x: x / num_micro_batches, total)
