@@ -252,6 +252,7 @@ def train_step(
   Returns:
     Loss and gradient norm before clipping, both scalars.
   """
+  optimizer.zero_grad(set_to_none=True)  # ahead of the activations: gradients take as much room as the weights
   with _autocast(images, dtype):
     with torch.no_grad():
       target = teacher if isinstance(teacher, Tensor) else teacher(images)
@@ -285,6 +286,7 @@ def finetune_step(
   Returns:
     Loss, gradient norm before clipping, and the logits [B, num_classes] before the step.
   """
+  optimizer.zero_grad(set_to_none=True)
   with _autocast(images, dtype):
     logits = model(images)
   loss = F.cross_entropy(logits.float(), target)
@@ -299,7 +301,6 @@ def _update(
   model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, lr: float, max_grad_norm: float
 ) -> Tensor:
   """Gradients of `loss`, clipped, then one optimiser step; the norm before clipping."""
-  optimizer.zero_grad(set_to_none=True)
   loss.backward()
   grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
   for group in optimizer.param_groups:
