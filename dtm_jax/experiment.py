@@ -184,10 +184,10 @@ def run(config: Config, workdir: pathlib.Path, command: str, stop_requested: Cal
   """
   start = time.perf_counter()
   record = _prepare_workdir(workdir, config)
-  parts = build(config)
-  if _is_complete(workdir, parts.total_steps):
+  if record is not None and _is_complete(workdir, config.total_steps(record["train_images"])):
     logging.info("%s is complete; its results are in %s", workdir, workdir / SUMMARY_FILE)
     return True
+  parts = build(config)
   new_record = _new_record(parts, command)
   if record is not None:
     _check_same_inputs(record, new_record, workdir)
