@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from dtm_jax.convert.layouts import relative_position_index
 from dtm_jax.models.variants import Variant
 
 _BEIT_EPS = 1e-6
@@ -42,22 +43,6 @@ def _attend(qkv: Tensor, heads: int, bias: Tensor | None, *, sdpa: bool) -> Tens
 # ------------------------------------------------------------ student and fine-tuning model
 
 
-def relative_position_index(grid: tuple[int, int]) -> Tensor:
-  """Row of the bias table for each (query, key), int64 [1 + N, 1 + N]; the class token is position 0."""
-  height, width = grid
-  row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-  row, column = row.flatten(), column.flatten()
-  down = row[:, None] - row[None, :] + height - 1
-  across = column[:, None] - column[None, :] + width - 1
-  num_offsets = (2 * height - 1) * (2 * width - 1)
-  index = torch.empty(1 + height * width, 1 + height * width, dtype=torch.int64)
-  index[1:, 1:] = down * (2 * width - 1) + across
-  index[0, :] = num_offsets  # class to token
-  index[:, 0] = num_offsets + 1  # token to class
-  index[0, 0] = num_offsets + 2
-  return index
-
-
 class RelativePositionBias(nn.Module):
   """One table of relative position biases."""
 
@@ -66,7 +51,7 @@ class RelativePositionBias(nn.Module):
     height, width = grid
     num_rows = (2 * height - 1) * (2 * width - 1) + 3
     self.relative_position_bias_table = nn.Parameter(torch.zeros(num_rows, heads))
-    self.register_buffer("relative_position_index", relative_position_index(grid))
+    self.register_buffer("relative_position_index", torch.tensor(relative_position_index(grid)))
 
   def bias(self) -> Tensor:
     """[H, 1 + N, 1 + N]."""
