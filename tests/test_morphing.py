@@ -1,6 +1,7 @@
 """Schedule, grouping and group means against the recorded ones, and their options against their definitions."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dtm_jax.morphing import group_tokens, merges_per_iteration, morph, sample_schedule
+from dtm_jax.morphing import group_tokens, matching, merges_per_iteration, morph, sample_schedule
 
 NUM_CASES = 28
 
@@ -44,6 +45,30 @@ def test_labels_and_means_equal_the_recorded_ones(golden, group_images, case):
   np.testing.assert_array_equal(labels, recorded[f"{case}/labels"])
   morphed = jax.vmap(morph)(tokens, labels)
   np.testing.assert_allclose(morphed, recorded[f"{case}/morphed"], atol=3e-6)  # measured 7e-7
+
+
+def test_labels_on_accelerators_equal_those_on_cpu(golden, monkeypatch):
+  recorded = golden("morphing")
+  monkeypatch.setattr(matching, "_add_rows_by_scatter", matching._add_rows_by_product)
+  group = jax.jit(jax.vmap(group_tokens.__wrapped__, in_axes=(0, None, None)))
+  cases = [i for i in range(NUM_CASES) if recorded[f"{i}/tokens"].shape[1] == 196]
+  for case in cases:
+    labels = group(
+      recorded[f"{case}/tokens"], int(recorded[f"{case}/per_iteration"]), int(recorded[f"{case}/iterations"])
+    )
+    np.testing.assert_array_equal(labels, recorded[f"{case}/labels"])
+
+
+def test_no_floats_are_scattered_on_accelerators():
+  group = jax.jit(jax.vmap(group_tokens, in_axes=(0, None, None)))
+  traced = group.trace(jax.ShapeDtypeStruct((2, 196, 32), jnp.float32), 3, 4)
+  floats_scattered = {
+    platform: bool(
+      re.search(r"stablehlo\.scatter.*\n.*tensor<f32>", traced.lower(lowering_platforms=(platform,)).as_text())
+    )
+    for platform in ("cpu", "cuda", "tpu")
+  }
+  assert floats_scattered == {"cpu": True, "cuda": False, "tpu": False}
 
 
 def test_one_compilation_serves_every_schedule(golden):
