@@ -19,7 +19,7 @@ from PIL import Image
 import runs
 from dtm_jax import experiment, main, metrics
 from dtm_jax.config import from_json
-from dtm_jax.convert.torch_file import read_torch
+from dtm_jax.convert.state_dict import read_state_dict
 from dtm_jax.data.pipeline import train_batches
 from dtm_jax.data.sources import open_source
 from dtm_jax.errors import InputError
@@ -237,7 +237,8 @@ def test_hostile_pickle_is_refused(fails, tmp_path, pickled):
 
 def clip_tensors() -> dict[str, np.ndarray]:
   """The recorded tower, to take names from."""
-  return {name: np.ascontiguousarray(tensor) for name, tensor in read_torch(GOLDEN / "clip_vision_tiny.pth").items()}
+  recorded = read_state_dict(GOLDEN / "clip_vision_tiny.pth")
+  return {name: np.ascontiguousarray(recorded.read(name)) for name in recorded.views}
 
 
 @pytest.mark.parametrize("change", ["missing", "extra"])

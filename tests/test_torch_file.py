@@ -15,8 +15,12 @@ import pytest
 import torch
 
 from dtm_jax.convert import torch_file
-from dtm_jax.convert.torch_file import TorchModule, read_torch
+from dtm_jax.convert.torch_file import TorchModule, map_torch
 from dtm_jax.errors import InputError
+
+
+def read_torch(path: pathlib.Path):
+  return map_torch(path)[0]
 
 
 @pytest.fixture

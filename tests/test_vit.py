@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from dtm_jax import config
-from dtm_jax.convert import load_torch
-from dtm_jax.convert.state_dict import StateDict
-from dtm_jax.convert.student import convert_student
+from dtm_jax.convert import from_state_dict, load_torch
 from dtm_jax.models.attention import (
   IMPLEMENTATIONS,
   dot_product_attention,
@@ -73,7 +71,7 @@ def test_tokens_and_gradients_equal_the_recorded_ones(golden, params, switches):
 def recorded_gradients(recorded):
   """The recorded gradients in this project's names: gradients convert like the weights that they are of."""
   grads = {name.removeprefix("grad/"): recorded[name] for name in recorded if name.startswith("grad/")}
-  return convert_student(StateDict(grads, GOLDEN / "student_tiny_io.npz"))[1]
+  return from_state_dict(grads).params
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)

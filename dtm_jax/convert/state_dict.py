@@ -1,15 +1,15 @@
-"""Flat PyTorch state dicts: where they lie in a file, and an account of every name in them."""
+"""Flat state dicts in files: where they lie, and their tensors one by one."""
 
+import json
+import mmap
 import pathlib
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors asks for by name
+import ml_dtypes
 import numpy as np
 import safetensors
-from safetensors.numpy import load_file
 
-from dtm_jax.convert.torch_file import TorchModule, read_torch
+from dtm_jax.convert.torch_file import TorchModule, map_torch
 from dtm_jax.errors import InputError
 
 # Keys under which training scripts keep the weights.
@@ -21,6 +21,36 @@ WEIGHTS_FILES = (
   "pytorch_model.bin",
   "open_clip_pytorch_model.bin",
 )
+_SAFETENSORS_DTYPES = {
+  "F64": np.float64,
+  "F32": np.float32,
+  "F16": np.float16,
+  "BF16": ml_dtypes.bfloat16,
+  "I64": np.int64,
+  "I32": np.int32,
+  "I16": np.int16,
+  "I8": np.int8,
+  "U8": np.uint8,
+  "BOOL": np.bool_,
+}
+
+
+class StateDict:
+  """Tensors by name, which stay in the file until they are read.
+
+  Attributes:
+    views: Views of the mapped file, or arrays in memory: for shapes and dtypes.
+  """
+
+  def __init__(self, views: Mapping[str, np.ndarray], mapped: mmap.mmap | None = None):
+    self.views, self._mapped = dict(views), mapped
+
+  def read(self, name: str) -> np.ndarray:
+    """A copy: the file may change or go, under a view that ends the process. The tensor's own dtype."""
+    tensor = np.array(self.views[name])
+    if self._mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+      self._mapped.madvise(mmap.MADV_DONTNEED)  # or the file would stay in memory beside its copy
+    return tensor
 
 
 def weights_file(path: pathlib.Path) -> pathlib.Path:
@@ -39,118 +69,66 @@ def weights_file(path: pathlib.Path) -> pathlib.Path:
   return path
 
 
-def read_state_dict(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The tensors of a `.safetensors`, `.pt`, `.pth` or TorchScript file by name.
+def read_state_dict(path: pathlib.Path) -> StateDict:
+  """The tensors of a `.safetensors`, `.pt`, `.pth`, `.bin` or TorchScript file.
 
   Raises:
     InputError: the file cannot be read or holds no tensors.
   """
   if path.suffix == ".safetensors":
-    try:
-      tensors = load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-      raise InputError(f"{path} is truncated or not a safetensors file ({error})") from error
+    views, mapped = _map_safetensors(path)
   else:
+    saved, mapped = map_torch(path)
     try:
-      tensors = _flatten(read_torch(path))
+      views = _flatten(saved)
     except RecursionError as error:
       raise InputError(f"{path} is refused: its containers hold themselves") from error
-  if not tensors:
+  if not views:
     raise InputError(f"{path} holds no named tensors: not the weights of a model")
-  if all(name.startswith("module.") for name in tensors):  # saved from DistributedDataParallel
-    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-  return tensors
+  if all(name.startswith("module.") for name in views):  # saved from DistributedDataParallel
+    views = {name.removeprefix("module."): view for name, view in views.items()}
+  return StateDict(views, mapped)
+
+
+def _map_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], mmap.mmap]:
+  """Views of the file: 8 bytes of header length, a JSON header, then the tensors."""
+  try:
+    with safetensors.safe_open(path, "numpy"):  # checks the header and every offset
+      pass
+    with path.open("rb") as file:
+      mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    start = 8 + int.from_bytes(mapped[:8], "little")
+    header = json.loads(mapped[8:start])
+    header.pop("__metadata__", None)
+    views = {}
+    for name, entry in header.items():
+      dtype, (begin, end) = _SAFETENSORS_DTYPES[entry["dtype"]], entry["data_offsets"]
+      data = memoryview(mapped)[start + begin : start + end]
+      views[name] = np.frombuffer(data, dtype).reshape(entry["shape"]) if len(data) else np.empty(entry["shape"], dtype)
+    return views, mapped
+  except KeyError as error:
+    raise InputError(f"{path} holds tensors of dtype {error}; save them as float32") from error
+  except (safetensors.SafetensorError, OSError, ValueError) as error:
+    raise InputError(f"{path} is truncated or not a safetensors file ({error})") from error
 
 
 def _flatten(saved: object) -> dict[str, np.ndarray]:
   if isinstance(saved, TorchModule):
-    return dict(_attributes(saved, ""))
+    return dict(_attributes(saved, "", set()))
   if not isinstance(saved, dict):
     return {}
   for key in _WRAPPERS:
     if isinstance(saved.get(key), dict):
       return _flatten(saved[key])
-  return {str(name): value for name, value in saved.items() if isinstance(value, np.ndarray)}
+  return {name: value for name, value in saved.items() if isinstance(name, str) and isinstance(value, np.ndarray)}
 
 
-def _attributes(module: TorchModule, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
+def _attributes(module: TorchModule, prefix: str, seen: set[int]) -> Iterator[tuple[str, np.ndarray]]:
+  if id(module) in seen:  # a few modules that hold one another many times would have names without end
+    return
+  seen.add(id(module))
   for name, value in vars(module).items():
     if isinstance(value, TorchModule):
-      yield from _attributes(value, f"{prefix}{name}.")
+      yield from _attributes(value, f"{prefix}{name}.", seen)
     elif isinstance(value, np.ndarray):
       yield prefix + name, value
-
-
-class StateDict:
-  """Hands out tensors by name, and accounts for every name at the end."""
-
-  def __init__(self, tensors: dict[str, np.ndarray], path: pathlib.Path):
-    self._tensors, self.path = tensors, path
-    self._left = set(tensors)
-    self._missing: list[str] = []
-    self._misshapen: list[str] = []
-
-  def shape(self, name: str, rank: int) -> tuple[int, ...]:
-    """Shape of a tensor that the model's sizes are read from.
-
-    Raises:
-      InputError: it is missing or has another rank.
-    """
-    if name not in self._tensors:
-      raise InputError(f"{self.path} lacks {name}; is it complete?")
-    shape = self._tensors[name].shape
-    if len(shape) != rank or 0 in shape:
-      raise InputError(f"{self.path}: {name} has shape {list(shape)}, not {rank} positive dimensions")
-    return shape
-
-  def count(self, pattern: str) -> int:
-    """How many different numbers the group of `pattern` matches at the start of names.
-
-    Not the largest number: with one missing, `check` then names what is out of line.
-    """
-    matches = (re.match(pattern, name) for name in self._tensors)
-    return len({match[1] for match in matches if match})
-
-  def take(self, name: str, *shape: int) -> np.ndarray:
-    """A float32 copy of the tensor; zeros in the place of one that `check` will name."""
-    self._left.discard(name)
-    tensor = self._tensors.get(name)
-    if tensor is None:
-      self._missing.append(name)
-    elif tensor.shape != shape:
-      self._misshapen.append(f"{name} {list(tensor.shape)} instead of {list(shape)}")
-    else:
-      return np.array(tensor, np.float32)
-    return np.broadcast_to(np.float32(0), shape)  # takes no memory, whatever sizes a damaged file gives
-
-  def check(self, ignorable: Iterable[str]) -> None:
-    """Accounts for every name.
-
-    Args:
-      ignorable: Patterns of whole names that have no place in the model.
-
-    Raises:
-      InputError: names were missing, of another shape, or not asked for.
-    """
-    known = re.compile("|".join(ignorable))
-    unexpected = sorted(name for name in self._left if not known.fullmatch(name))
-    problems = {"lacks": self._missing, "has wrong shapes:": self._misshapen, "has unknown": unexpected}
-    for problem, names in problems.items():
-      if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise InputError(f"{self.path} {problem} {', '.join(names[:3])}{more}; it holds another model or is damaged")
-
-
-def dense(weights: StateDict, name: str, inputs: int, outputs: int) -> dict[str, np.ndarray]:
-  """A torch Linear layer as a Flax Dense one: `kernel [inputs, outputs]`, `bias [outputs]`."""
-  return {"kernel": weights.take(f"{name}.weight", outputs, inputs).T, "bias": weights.take(f"{name}.bias", outputs)}
-
-
-def layer_norm(weights: StateDict, name: str, width: int) -> dict[str, np.ndarray]:
-  """A torch LayerNorm as a Flax one: `scale [width]`, `bias [width]`."""
-  return {"scale": weights.take(f"{name}.weight", width), "bias": weights.take(f"{name}.bias", width)}
-
-
-def patch_kernel(weights: StateDict, name: str, patch_size: int, width: int) -> np.ndarray:
-  """A torch Conv2d weight `[D, 3, p, p]` as a Flax kernel `[p, p, 3, D]`."""
-  return weights.take(name, width, 3, patch_size, patch_size).transpose(2, 3, 1, 0)

@@ -43,15 +43,17 @@ class TorchModule:
   """A TorchScript module: its attributes, none of its code."""
 
 
-def read_torch(path: pathlib.Path):
+def map_torch(path: pathlib.Path) -> tuple[object, mmap.mmap]:
   """Reads what `torch.save` (1.6 or newer) or `torch.jit.save` wrote.
 
   Args:
-    path: The file. It must stay in place while arrays are in use.
+    path: The file. It must stay in place and unchanged while arrays are in use.
 
   Returns:
-    The saved object: dicts, lists, numbers and strings as they are, tensors as
-    read-only numpy views of the file, TorchScript modules as `TorchModule`.
+    saved: The saved object: dicts, lists, numbers and strings as they are,
+      tensors as read-only numpy views of the file, TorchScript modules as
+      `TorchModule`.
+    mapped: The file.
 
   Raises:
     InputError: a missing, truncated, compressed, pre-1.6 or otherwise foreign
@@ -62,7 +64,7 @@ def read_torch(path: pathlib.Path):
       mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if mapped[: len(_LEGACY_MAGIC)] == _LEGACY_MAGIC:
       raise InputError(f"{path} is in PyTorch's format before 1.6; torch.load and torch.save it once with a newer one")
-    return _unpickle(_Archive(path, mapped))
+    return _unpickle(_Archive(path, mapped)), mapped
   except InputError:
     raise
   except (OSError, ValueError, NotImplementedError, struct.error, zipfile.BadZipFile) as error:

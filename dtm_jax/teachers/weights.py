@@ -6,7 +6,7 @@ import re
 
 from absl import logging
 
-from dtm_jax.convert.clip import CONFIG_FILES
+from dtm_jax.convert.configs import CONFIG_FILES
 from dtm_jax.convert.state_dict import WEIGHTS_FILES, weights_file
 from dtm_jax.errors import InputError
 

@@ -1,0 +1,128 @@
+"""What a config file beside the weights says, and shapes do not show: Hugging Face's and open_clip's."""
+
+import json
+import pathlib
+
+from dtm_jax.convert.layouts import CLIP_HEAD_WIDTH, MLP_RATIO, RELEASE, Layout
+from dtm_jax.errors import InputError
+
+# Beside the weights in folders of Hugging Face and of open_clip.
+CONFIG_FILES = ("config.json", "open_clip_config.json")
+LAYER_NORM_EPS = 1e-6
+
+
+def check(layout: Layout, folder: pathlib.Path, model: dict) -> None:
+  """Compares a model with the config files in the folder of its weights, where there are any.
+
+  Args:
+    layout: Of the weights.
+    folder: Where they lie.
+    model: Sizes from `layouts.model_sizes`.
+
+  Raises:
+    InputError: the weights would fit, and compute something else.
+  """
+  if layout.kind == "clip_vision":
+    expected = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": model["heads"]}
+    expected |= {"head_width": CLIP_HEAD_WIDTH, "quick_gelu": True}
+    for file in (folder / name for name in CONFIG_FILES):
+      config = _read(file)
+      if config is not None:
+        _compare(file, _clip_tower(file, config), expected, "towers like OpenAI's")
+  elif layout is not RELEASE[layout.kind]:
+    _check_beit(layout.kind, folder / "config.json", model)
+
+
+def _check_beit(kind: str, file: pathlib.Path, model: dict) -> None:
+  stated = _read(file)
+  if stated is None:
+    return
+  # The weights were trained with 1e-6 (BEiT's own code); transformers writes 1e-12, which matters nowhere else.
+  eps = stated.get("layer_norm_eps")
+  if isinstance(eps, float) and eps <= LAYER_NORM_EPS:
+    stated["layer_norm_eps"] = LAYER_NORM_EPS
+  if isinstance(stated.get("image_size"), int):
+    stated["image_size"] = [stated["image_size"]] * 2
+  expected = hugging_face_config(kind, model)
+  expected["image_size"] = [expected["image_size"]] * 2
+  names = ("hidden_act", "layer_norm_eps", "use_absolute_position_embeddings", "num_channels", "num_attention_heads")
+  names += ("hidden_size", "intermediate_size", "patch_size", "image_size")
+  names += ("use_mean_pooling",) if kind == "classifier" else ()
+  _compare(file, stated, {name: expected[name] for name in names}, "models like the released ones")
+
+
+def _compare(file: pathlib.Path, stated: dict, expected: dict, which: str) -> None:
+  for name, value in expected.items():
+    if name in stated and stated[name] != value:
+      raise InputError(f"{file} says {name} {stated[name]!r}; only {which} ({value!r}) can be read")
+
+
+def _clip_tower(file: pathlib.Path, config: dict) -> dict:
+  """The settings of the vision tower in a config file."""
+  try:
+    if file.name == "open_clip_config.json":
+      # open_clip leaves this out where the activation is the exact GELU.
+      return {"quick_gelu": False} | config["model_cfg"] | config["model_cfg"]["vision_cfg"]
+    return config.get("vision_config", config)  # a tower saved alone has no section
+  except (KeyError, TypeError) as error:
+    raise _damaged(file, error) from error
+
+
+def _read(file: pathlib.Path) -> dict | None:
+  """The settings; None where there is no such file."""
+  try:
+    config = json.loads(file.read_text())
+    if not isinstance(config, dict):
+      raise ValueError("no settings by name")
+    return config
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError) as error:
+    raise _damaged(file, error) from error
+
+
+def _damaged(file: pathlib.Path, error: Exception) -> InputError:
+  return InputError(f"{file} is not the config of a model ({error!r}); download it again, or move it")
+
+
+def hugging_face_config(kind: str, model: dict) -> dict:
+  """`config.json` of a BEiT in transformers.
+
+  Args:
+    kind: "student" or "classifier".
+    model: Its sizes; the grid is square.
+
+  Returns:
+    What `BeitConfig` needs, so that `BeitModel` gives a student's features and
+    `BeitForImageClassification` a classifier's logits.
+  """
+  is_student = kind == "student"
+  outputs = model["out_dim" if is_student else "num_classes"]
+  has_classes = not is_student and outputs
+  labels = [f"LABEL_{i}" for i in range(outputs)] if has_classes else []
+  return {
+    "architectures": ["BeitForImageClassification" if has_classes else "BeitModel"],
+    "model_type": "beit",
+    "hidden_size": model["width"],
+    "num_hidden_layers": model["depth"],
+    "num_attention_heads": model["heads"],
+    "intermediate_size": MLP_RATIO * model["width"],
+    "image_size": model["grid"][0] * model["patch_size"],
+    "patch_size": model["patch_size"],
+    "num_channels": 3,
+    "hidden_act": "gelu",
+    "layer_norm_eps": LAYER_NORM_EPS,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "drop_path_rate": 0.0,
+    "layer_scale_init_value": 0.1,  # not 0, which would mean none; the weights have the values
+    "use_mask_token": is_student,
+    "use_absolute_position_embeddings": False,
+    "use_relative_position_bias": True,
+    "use_shared_relative_position_bias": is_student,
+    "use_mean_pooling": not is_student,  # else the final norm comes after the pooling
+    "id2label": dict(enumerate(labels)),
+    "label2id": {label: i for i, label in enumerate(labels)},
+    "dtype": "float32",
+    "torch_dtype": "float32",
+  } | ({"vocab_size": outputs} if is_student else {})
