@@ -15,6 +15,7 @@ _HOME_OF = {
   "morph": "dtm_jax.morphing",
   "dtm_loss": "dtm_jax.losses",
   "load_torch": "dtm_jax.convert",
+  "save_torch": "dtm_jax.convert",
 }
 
 __all__ = list(_HOME_OF)

@@ -3,6 +3,7 @@
 import os
 
 from dtm_jax.convert.reading import Report, Weights, from_state_dict, read_weights
+from dtm_jax.convert.writing import save_hugging_face, save_torch, to_state_dict
 
 __all__ = [
   "Report",
@@ -10,6 +11,9 @@ __all__ = [
   "from_state_dict",
   "load_torch",
   "read_weights",
+  "save_hugging_face",
+  "save_torch",
+  "to_state_dict",
 ]
 
 

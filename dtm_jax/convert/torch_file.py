@@ -20,7 +20,7 @@ import numpy as np
 
 from dtm_jax.errors import InputError
 
-_DTYPES = {
+DTYPES = {
   "FloatStorage": np.float32,
   "HalfStorage": np.float16,
   "BFloat16Storage": ml_dtypes.bfloat16,
@@ -146,7 +146,7 @@ class _Unpickler(pickle.Unpickler):
       return lambda items, *_: items
     if (module, name) == ("torch", "Size"):
       return lambda items: tuple(items)
-    if module == "torch" and name in _DTYPES:
+    if module == "torch" and name in DTYPES:
       return name
     if module.partition(".")[0] == "__torch__":
       return type(name, (TorchModule,), {})
@@ -160,7 +160,7 @@ class _Unpickler(pickle.Unpickler):
     kind, storage, key, _, numel = pid
     if kind != "storage":
       raise ValueError(f"unknown persistent id {kind!r}")
-    dtype = np.dtype(_DTYPES[storage])
+    dtype = np.dtype(DTYPES[storage])
     data = self._archive.read(f"data/{key}")
     if not 0 <= numel * dtype.itemsize <= len(data):
       raise InputError(f"{self._archive.path} is truncated or damaged at its entry 'data/{key}'")
