@@ -1,11 +1,14 @@
 """What a run prints: plain lines that do not break the progress bar, and no tracebacks of other people's threads."""
 
+import argparse
 import logging as python_logging
 import pathlib
 import sys
 
 import tqdm
 from absl import logging
+
+from dtm_jax.errors import InputError
 
 _PACKAGE = str(pathlib.Path(__file__).parent)
 
@@ -33,6 +36,19 @@ LINES = LineHandler()
 def log_plainly() -> None:
   logging.set_verbosity(logging.INFO)
   python_logging.root.addHandler(LINES)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+  """Wrong usage is an `InputError` like any other."""
+
+  def error(self, message: str):
+    raise InputError(f"{message}; --help shows the usage")
+
+
+def fail(error: Exception | str, code: int) -> int:
+  """Tells what is wrong in one line on standard error; returns the exit code."""
+  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+  return code
 
 
 def report_unraisable(problem) -> None:

@@ -31,11 +31,11 @@ def main(argv: list[str]) -> int:
     console.log_plainly()
     return _run(config, workdir, shlex.join([sys.executable, "-m", "dtm_jax.main", *argv[1:]]))
   except InputError as error:
-    return _fail(error, EXIT_INPUT)
+    return console.fail(error, EXIT_INPUT)
   except OSError as error:
     if error.errno not in _CANNOT_WRITE:
       raise
-    return _fail(f"{error}; make room or get permission, then run the same command: it goes on", EXIT_INPUT)
+    return console.fail(f"{error}; make room or get permission, then run the same command: it goes on", EXIT_INPUT)
 
 
 def _run(settings: ConfigDict, workdir: pathlib.Path, command: str) -> int:
@@ -50,7 +50,7 @@ def _run(settings: ConfigDict, workdir: pathlib.Path, command: str) -> int:
       with jax.default_matmul_precision("float32"):
         is_done = experiment.run(config.resolve(settings), workdir, command, stop.is_set)
     except loop.NonFiniteError as error:
-      return _fail(error, EXIT_NONFINITE)
+      return console.fail(error, EXIT_NONFINITE)
   return 0 if is_done else EXIT_SIGNAL
 
 
@@ -69,11 +69,6 @@ def _noted_signals() -> Iterator[threading.Event]:
   finally:
     for number, handler in previous.items():
       signal.signal(number, handler)
-
-
-def _fail(error: Exception | str, code: int) -> int:
-  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-  return code
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import safetensors.numpy
 from PIL import Image
 
 import runs
-from dtm_jax import experiment, main, metrics
+from dtm_jax import console, experiment, main, metrics
 from dtm_jax.config import from_json
 from dtm_jax.convert.state_dict import read_state_dict
 from dtm_jax.data.pipeline import train_batches
@@ -408,5 +408,5 @@ def test_unreadable_bytes_do_not_reach_the_message():
   stream = io.StringIO()
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr("sys.stderr", stream)
-    assert main._fail(InputError("a\nb\r\n  c"), 2) == 2
+    assert console.fail(InputError("a\nb\r\n  c"), 2) == 2
   assert stream.getvalue() == "error: a b c\n"

@@ -130,6 +130,7 @@ def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """A name beside `path` for a file or folder that takes its place once it is whole."""
   unfinished = path.with_name(f".{path.name}.tmp")
   try:
+    path.parent.mkdir(parents=True, exist_ok=True)
     _remove(unfinished)
     yield unfinished
     if unfinished.is_dir() and path.is_dir():

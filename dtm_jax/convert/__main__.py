@@ -1,0 +1,151 @@
+"""Weights from one layout to another.
+
+  python -m dtm_jax.convert IN OUT [--to=release|huggingface] [--overwrite] [--ignore_unknown]
+                            [--image_size=PIXELS] [--num_classes=N [--tables=both|shared|own] [--seed=S]]
+
+IN is a weights file or model folder (released code, BEiT, Hugging Face, OpenAI's or open_clip's CLIP), or the work
+folder of a run of this program. OUT is a `.pth`, or a folder for Hugging Face's `model.safetensors` and `config.json`.
+On the way, --image_size fits bias tables to another number of patches, and --num_classes makes a fine-tuning model of a
+student.
+
+Exit codes: 0 done; 2 wrong usage, weights that cannot be read or written.
+"""
+
+import argparse
+import hashlib
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+from dtm_jax import console
+from dtm_jax.convert.reading import Report, read_weights, some_of
+from dtm_jax.convert.state_dict import weights_file
+from dtm_jax.convert.transfer import TABLES, resize_tables, to_classifier
+from dtm_jax.convert.writing import HUGGING_FACE_FILES, save_hugging_face, save_torch, sizes_of
+from dtm_jax.errors import InputError
+
+EXIT_INPUT = 2
+# As the report's fields are told, but for what is refused.
+_TITLES = {
+  "loaded": "loaded",
+  "absent": "absent, taken as zeros",
+  "left_out": "left out",
+  "unexpected": "unknown, left out",
+  "reshaped": "reshaped",
+}
+
+
+class _Input(NamedTuple):
+  """Weights, where they are from, and their sizes."""
+
+  path: pathlib.Path
+  sha256: str
+  kind: str
+  model: dict[str, Any]
+  params: dict
+  report: Report | None  # none for a work folder, whose names are ours
+
+
+def main(argv: list[str]) -> int:
+  """Runs the command line `argv`, whose first element is the program, and returns the exit code."""
+  try:
+    options = _parser().parse_args(argv[1:])
+    target = _check_target(options)
+    source = _read(options)
+    kind, params = _transfer(source, options)
+    (save_torch if options.to == "release" else save_hugging_face)(options.output, kind, params)
+  except InputError as error:
+    return console.fail(error, EXIT_INPUT)
+  _describe("read", source.path, source.kind, source.model, source.sha256, source.report)
+  _describe("wrote", target, kind, sizes_of(kind, params), _sha256(target), None)
+  return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+  layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+  parser = console.ArgumentParser(prog="python -m dtm_jax.convert", description=__doc__, **layout)
+  parser.add_argument("input", metavar="IN", type=pathlib.Path)
+  parser.add_argument("output", metavar="OUT", type=pathlib.Path)
+  parser.add_argument("--to", choices=("release", "huggingface"), help="release if OUT ends in .pth or .pt")
+  parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+  parser.add_argument("--ignore_unknown", action="store_true", help="leave out names that no known model has")
+  parser.add_argument("--image_size", type=int, metavar="PIXELS", help="of square images that OUT is for")
+  parser.add_argument("--num_classes", type=int, metavar="N", help="make a fine-tuning model with so many classes")
+  parser.add_argument("--tables", choices=TABLES, help="a block's table from its own and the shared one (both)")
+  parser.add_argument("--seed", type=int, help="of the new head (0)")
+  return parser
+
+
+def _check_target(options: argparse.Namespace) -> pathlib.Path:
+  """The weights file to write, before anything is read."""
+  options.to = options.to or ("release" if options.output.suffix in (".pth", ".pt") else "huggingface")
+  if options.num_classes is None and (options.tables, options.seed) != (None, None):
+    raise InputError("--tables and --seed are for a fine-tuning model; give --num_classes too")
+  target = options.output if options.to == "release" else options.output / HUGGING_FACE_FILES[0]
+  if options.to == "huggingface" and options.output.is_file():
+    raise InputError(f"{options.output} is a file; Hugging Face's layout is a folder, --to=release writes a file")
+  if options.to == "release" and options.output.is_dir():
+    raise InputError(f"{options.output} is a folder; name a .pth file in it, or --to=huggingface")
+  taken = [target] if options.to == "release" else [options.output / name for name in HUGGING_FACE_FILES]
+  for file in taken:
+    if file.exists() and not options.overwrite:
+      raise InputError(f"{file} is there already; --overwrite replaces it")
+  return target
+
+
+def _read(options: argparse.Namespace) -> _Input:
+  path = options.input
+  if (path / "checkpoints").is_dir():
+    return _restore(path)
+  kind, model, params, report = read_weights(path, strict=not options.ignore_unknown)
+  file = weights_file(path)
+  return _Input(file, _sha256(file), kind, model, params, report)
+
+
+def _restore(workdir: pathlib.Path) -> _Input:
+  # Not for a weights file: these start a backend, which takes seconds.
+  from dtm_jax.experiment import restore_student
+  from dtm_jax.train_state import params_sha256
+
+  module, params, _ = restore_student(workdir)
+  model = {name: getattr(module, name) for name in ("patch_size", "width", "depth", "heads", "grid", "out_dim")}
+  return _Input(workdir, params_sha256(params), "student", model, params, None)
+
+
+def _transfer(source: _Input, options: argparse.Namespace) -> tuple[str, dict]:
+  kind, params = source.kind, source.params
+  if options.image_size is not None:
+    if kind == "clip_vision" or options.image_size < 1 or options.image_size % source.model["patch_size"]:
+      raise InputError(
+        f"--image_size={options.image_size} needs a student or classifier, and a multiple of its patches"
+        f" ({source.model['patch_size']} pixels); {source.path} is a {kind}"
+      )
+    params = resize_tables(params, source.model["grid"], (options.image_size // source.model["patch_size"],) * 2)
+  if options.num_classes is not None:
+    if kind != "student":
+      raise InputError(f"--num_classes needs a pre-training student; {source.path} is a {kind}")
+    kind = "classifier"
+    params = to_classifier(params, options.num_classes, tables=options.tables or "both", seed=options.seed or 0)
+  return kind, params
+
+
+def _sha256(file: pathlib.Path) -> str:
+  with file.open("rb") as stream:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _describe(verb: str, file: pathlib.Path, kind: str, model: dict, sha256: str, report: Report | None) -> None:
+  down, across = model["grid"]
+  sizes = ", ".join(f"{name} {value}" for name, value in (model | {"grid": f"{down} x {across}"}).items())
+  print(f"{verb:<6}{file}")
+  print(f"      {kind}: {sizes}")
+  for field, title in _TITLES.items() if report else ():
+    names = getattr(report, field)
+    if names:
+      print(f"      {title:<22} {len(names):>4}  {some_of(names) if field != 'loaded' else ''}".rstrip())
+  print(f"      sha256 {sha256}")
+
+
+if __name__ == "__main__":
+  sys.unraisablehook = console.report_unraisable
+  sys.exit(main(sys.argv))
