@@ -13,7 +13,9 @@ import os
 import pathlib
 import platform
 import shlex
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -38,12 +40,13 @@ def alternate(runs: Mapping[str, Callable[[int], Any]], rounds: int) -> dict[str
   """Seconds that each run took in each round, after a round that is not counted.
 
   Args:
-    runs: in turn; called with the number of the round, from 0 (not counted). Each waits for its own result.
+    runs: in turn, and back; called with the number of the round, from 0 (not counted). Each waits for its own result.
     rounds: that count.
   """
   seconds = {name: [] for name in runs}
   for i in range(rounds + 1):
-    for name, run in runs.items():
+    # Every other round backwards: what a run leaves in the caches and in memory favours no one.
+    for name, run in list(runs.items())[:: 1 if i % 2 else -1]:
       start = time.perf_counter()
       run(i)
       seconds[name].append(time.perf_counter() - start)
@@ -93,6 +96,7 @@ def write_json(path: pathlib.Path | None, results: Any, packages: Sequence[str])
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "cpu": _cpu_model(),
     "cores": _cores(),
+    "gpus": _gpus(),
     "load_average": os.getloadavg(),
     "versions": {
       "dtm_jax": dtm_jax.__version__,
@@ -106,6 +110,15 @@ def write_json(path: pathlib.Path | None, results: Any, packages: Sequence[str])
 
 def _cores() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _gpus() -> list[str]:
+  """Name and driver of each NVIDIA GPU."""
+  if shutil.which("nvidia-smi") is None:
+    return []
+  command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+  process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+  return process.stdout.splitlines() if process.returncode == 0 else []  # a driver may be missing
 
 
 def _cpu_model() -> str:
