@@ -175,7 +175,8 @@ def torch_contender(
     step(0, lr=0.0)
     return time.perf_counter() - start
 
-  compile_seconds = warm_up() - warm_up()
+  first = warm_up()
+  compile_seconds = first - warm_up() if compiled else None
   optimizer.zero_grad(set_to_none=True)
   temporary = peak_bytes(warm_up, device)
   moments = [value for state in optimizer.state.values() for value in state.values()]
@@ -186,7 +187,7 @@ def torch_contender(
     lambda i: step(i, rates[i]),
     state_gigabytes=sum(tensor.nbytes for tensor in tensors) / 1e9,
     temporary_gigabytes=temporary / 1e9,
-    compile_seconds=compile_seconds if compiled else None,
+    compile_seconds=compile_seconds,
   )
 
 

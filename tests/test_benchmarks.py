@@ -15,8 +15,8 @@ def run(script: str, tmp_path: pathlib.Path, *options: str) -> dict:
   """What a benchmark writes."""
   file = tmp_path / "results.json"
   command = [sys.executable, BENCHMARKS / f"{script}.py", "--rounds=1", f"--json={file}", *options]
-  # One device, as users have it, and this checkout, installed or not.
-  environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(BENCHMARKS.parent)}
+  # One device, as users have it, and this checkout, installed or not. PyTorch's threads spin where cores are taken.
+  environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
   subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
   return json.loads(file.read_text())
 

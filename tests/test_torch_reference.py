@@ -449,3 +449,11 @@ def test_new_student_starts_as_the_method_says():
     for kernel in (block.attn.proj.weight, block.mlp.fc2.weight):
       assert kernel.std().item() == pytest.approx(0.5396 * 0.02 / (2 * i) ** 0.5, rel=0.03)
   assert not any(table.any() for name, table in student.named_parameters() if "table" in name)
+
+
+def test_new_classifier_starts_as_the_method_says():
+  torch.manual_seed(0)
+  classifier = torch_models.Classifier(RECORDED_SIZE, grid=(8, 8), patch_size=8, num_classes=1000)
+  fc1 = classifier.blocks[0].mlp.fc1.weight
+  assert fc1.std().item() == pytest.approx(0.02, rel=0.02)  # not cut at 0.02
+  assert classifier.head.weight.std().item() == pytest.approx(0.02 * 0.001, rel=0.02)
