@@ -387,7 +387,7 @@ def model_sizes(kind: str, depth: int, shape: Callable[[str, int], tuple[int, ..
     side, heads = _clip_side(*shape("pos_embed", 2))
     outputs = shape("proj", 2)[1]
   else:
-    table = kind == "student" and shape("rel_pos_bias", 2) or shape("block_{}/attn/rel_pos_bias", 2)
+    table = shape("block_{}/attn/rel_pos_bias", 2) or shape("rel_pos_bias", 2)
     if not table:
       raise InputError("it has no relative position bias tables, so its grid and number of heads are unknown")
     side, heads = _grid_side(table[0]), table[1]

@@ -141,7 +141,8 @@ def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   except (OSError, SafetensorError) as error:
     raise InputError(f"cannot write {path} ({error}); make room or choose another place") from error
   finally:
-    _remove(unfinished)
+    with contextlib.suppress(OSError):  # what went wrong is told already
+      _remove(unfinished)
 
 
 def _remove(path: pathlib.Path) -> None:
