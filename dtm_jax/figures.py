@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dtm_jax.errors import InputError
 
-_DPI = 150
+DPI = 150
 _PANEL_INCHES = 1.9
 _TITLE_POINTS = 9
 _SMOOTHED_POINTS = 0.05  # width of the running mean over the length of the curve
@@ -52,7 +52,7 @@ def morphing_figure(
   rows, columns = len(images), 1 + len(settings)
   height, width = grid
   figure = Figure(
-    figsize=(_PANEL_INCHES * columns, _PANEL_INCHES * height / width * rows + 0.5), dpi=_DPI, layout="constrained"
+    figsize=(_PANEL_INCHES * columns, _PANEL_INCHES * height / width * rows + 0.5), dpi=DPI, layout="constrained"
   )
   figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03)
   panels = figure.subplots(rows, columns, squeeze=False)
@@ -65,7 +65,7 @@ def morphing_figure(
   for panel, (num_merged, iterations), group in zip(panels[0, 1:], settings, labels[0], strict=True):
     title = f"n = {num_merged}, k = {iterations}:\n{len(np.unique(group))} groups"
     panel.set_title(title, fontsize=_TITLE_POINTS)
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def group_colors(image: np.ndarray, labels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -114,7 +114,7 @@ def _draw_borders(panel: Axes, labels: np.ndarray, grid: tuple[int, int]) -> Non
   """White lines in a dark outline, which show on groups of any colour."""
   borders = group_borders(labels, grid)
   for color, pixels in (("0.3", 4), ("white", 2)):  # both even: snapped to pixels alike, the outline stays centred
-    panel.add_collection(LineCollection(borders, colors=color, linewidths=pixels * 72 / _DPI, capstyle="projecting"))
+    panel.add_collection(LineCollection(borders, colors=color, linewidths=pixels * 72 / DPI, capstyle="projecting"))
 
 
 def loss_figure(
@@ -134,7 +134,7 @@ def loss_figure(
   Raises:
     InputError: the file cannot be written.
   """
-  figure = Figure(figsize=(7, 4.5), dpi=_DPI, layout="constrained")
+  figure = Figure(figsize=(7, 4.5), dpi=DPI, layout="constrained")
   loss_panel, lr_panel = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
   for i, (name, values) in enumerate(losses.items()):
     _draw_loss(loss_panel, np.asarray(steps), np.asarray(values, float), name, f"C{i}")
@@ -148,7 +148,7 @@ def loss_figure(
   for panel in (loss_panel, lr_panel):
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(alpha=0.3)
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def _draw_loss(panel: Axes, steps: np.ndarray, losses: np.ndarray, name: str, color: str) -> None:
@@ -166,7 +166,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
   return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
-def _save(figure: Figure, path: str | os.PathLike) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike) -> None:
   """Writes beside `path`, then renames: a reader sees the old picture or the new one."""
   path = pathlib.Path(path)
   unfinished = path.with_name(f".{path.name}.tmp")

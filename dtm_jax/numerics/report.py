@@ -16,16 +16,28 @@ from dtm_jax.errors import InputError
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
 
-def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """Text with the first column flush left and the others flush right."""
+def table(heading: Sequence[str], rows: Sequence[Sequence[str]], groups: Sequence[str] = ()) -> str:
+  """Text with the first column flush left and the others flush right.
+
+  Args:
+    heading: of each column.
+    rows: of cells.
+    groups: titles above equal shares of all columns but the first.
+  """
   columns = list(zip(heading, *rows, strict=True))
   widths = [max(map(len, column)) for column in columns]
-  lines = [
-    "  ".join(
-      [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-    )
-    for line in [heading, *rows]
-  ]
+  share = (len(widths) - 1) // max(1, len(groups))
+  for i, title in enumerate(groups):  # the last column of a share makes room for its title
+    missing = len(title) - (sum(widths[1 + i * share : 1 + (i + 1) * share]) + 2 * (share - 1))
+    widths[(i + 1) * share] += max(0, missing)
+  lines = []
+  if groups:
+    spans = [sum(widths[1 + i * share : 1 + (i + 1) * share]) + 2 * (share - 1) for i in range(len(groups))]
+    titles = (title.rjust(span) for title, span in zip(groups, spans, strict=True))
+    lines.append("  ".join([" " * widths[0], *titles]))
+  for first, *others in [heading, *rows]:
+    cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+    lines.append("  ".join([first.ljust(widths[0]), *cells]))
   return "\n".join(line.rstrip() for line in lines)
 
 

@@ -1,0 +1,161 @@
+"""XLA beside PyTorch.
+
+  python -m dtm_jax.numerics replay --trace T.npz --student S.pth --teacher C.pth   a recorded PyTorch run again in XLA
+  python -m dtm_jax.numerics record --config=FILE --out T.npz                       records one with the reference
+  python -m dtm_jax.numerics compare --config=FILE                                  both live on the same images
+
+Exit codes: 0 done, and within the tolerance; 1 beyond it; 2 wrong usage, files or config.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from dtm_jax import command_line, console
+from dtm_jax.errors import InputError
+from dtm_jax.numerics import require_torch
+
+EXIT_BEYOND, EXIT_INPUT = 1, 2
+_CONFIG_OPTIONS = "--config=FILE and --config.path.to.key=value are those of dtm_jax.main; default: the quickstart."
+
+
+def main(argv: list[str]) -> int:
+  """Runs the command line `argv`, whose first element is the program, and returns the exit code."""
+  try:
+    options, rest = _parser().parse_known_args(argv[1:])
+    return options.run(options, [argv[0], *rest])
+  except InputError as error:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return EXIT_INPUT
+
+
+def _replay(options: argparse.Namespace, rest: list[str]) -> int:
+  if rest[1:]:
+    raise InputError(f"{rest[1]!r} is not an option of replay; --help shows them")
+  # Not before the options are right: the backend takes seconds to start.
+  import jax
+
+  from dtm_jax.numerics import report
+  from dtm_jax.numerics.replay import Tolerances, describe, replay, summarize
+  from dtm_jax.numerics.trace import read_trace
+
+  trace = read_trace(options.trace)
+  with jax.default_matmul_precision("float32"):
+    replayed = replay(trace, _model_file(options, trace.kind), options.teacher)
+  tolerances = Tolerances(options.loss_rtol, options.param_atol, options.grad_norm_rtol)
+  summary = summarize(trace, replayed, tolerances)
+  if options.json:
+    report.write_json(options.json, summary)
+  print(describe(summary, all_tensors=options.all))
+  return 0 if summary["within_tolerance"] else EXIT_BEYOND
+
+
+def _model_file(options: argparse.Namespace, kind: str) -> pathlib.Path:
+  wanted, other = ("student", "model") if kind == "pretrain" else ("model", "student")
+  if getattr(options, wanted) is None:
+    raise InputError(f"{options.trace} is a {kind} trace: give the weights that it began with as --{wanted}")
+  if getattr(options, other) is not None or (kind == "finetune" and options.teacher):
+    raise InputError(f"{options.trace} is a {kind} trace, which has no --{other if kind == 'pretrain' else 'teacher'}")
+  return getattr(options, wanted)
+
+
+def _record(options: argparse.Namespace, rest: list[str]) -> int:
+  settings = command_line.parse_config(rest)
+  require_torch()
+  if options.steps < 1:
+    raise InputError(f"--steps={options.steps} must be at least 1")
+  if options.out.suffix != ".npz":
+    raise InputError(f"--out={options.out} must end in .npz")
+  import jax
+
+  from dtm_jax.numerics.case import open_case
+  from dtm_jax.numerics.record import describe, record
+
+  with jax.default_matmul_precision("float32"):
+    case = open_case(settings, options.student, options.teacher, "float32")
+    student_file = record(case, options.steps, options.out, options.student)
+  print(describe(case, options.steps, options.out, student_file))
+  return 0
+
+
+def _compare(options: argparse.Namespace, rest: list[str]) -> int:
+  settings = command_line.parse_config(rest)
+  require_torch()
+  import jax
+
+  from dtm_jax.numerics import compare, compare_report
+  from dtm_jax.numerics.case import open_case
+
+  with jax.default_matmul_precision("float32"):
+    case = open_case(settings, options.student, options.teacher, options.dtype)
+    comparisons = compare.compare_all(case, options.dtype)
+  compare_report.write(options.out, case, comparisons, options.dtype)
+  return 0
+
+
+class _Parser(argparse.ArgumentParser):
+  """Wrong usage is an `InputError` like any other."""
+
+  def error(self, message: str):
+    raise InputError(f"{message}; --help shows the usage")
+
+
+def _parser() -> argparse.ArgumentParser:
+  layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+  parser = _Parser(prog="python -m dtm_jax.numerics", description=__doc__, **layout)
+  commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+  def add(name: str, run, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text, **layout)
+    command.set_defaults(run=run)
+    return command
+
+  _add_replay(add("replay", _replay, "re-run a recorded PyTorch run in XLA, from the same weights"))
+  _add_record(add("record", _record, f"record a run of the PyTorch reference. {_CONFIG_OPTIONS}"))
+  _add_compare(add("compare", _compare, f"one step in both frameworks, stage by stage. {_CONFIG_OPTIONS}"))
+  return parser
+
+
+_FILE = {"type": pathlib.Path, "metavar": "FILE"}
+
+
+def _add_replay(command: argparse.ArgumentParser) -> None:
+  command.add_argument("--trace", required=True, **_FILE, help="the recorded run, .npz (docs/recording.md)")
+  command.add_argument("--student", **_FILE, help="weights that a pre-training run began with")
+  command.add_argument("--teacher", **_FILE, help="its CLIP teacher's weights, unless the trace holds target tokens")
+  command.add_argument("--model", **_FILE, help="weights that a fine-tuning run began with")
+  command.add_argument("--json", **_FILE, help="write all figures to this file")
+  command.add_argument("--all", action="store_true", help="list all final parameters, not the ten worst")
+  command.add_argument("--loss_rtol", type=float, default=1e-5, help="of each step's loss (%(default)s)")
+  command.add_argument("--param_atol", type=float, default=2e-5, help="of each final parameter (%(default)s)")
+  command.add_argument("--grad_norm_rtol", type=float, default=1e-4, help="of each gradient norm (%(default)s)")
+
+
+def _add_record(command: argparse.ArgumentParser) -> None:
+  command.add_argument("--out", required=True, **_FILE, help="the trace to write, .npz")
+  command.add_argument("--steps", type=int, default=10, metavar="S", help="optimiser steps (%(default)s)")
+  _add_weights(command)
+
+
+def _add_compare(command: argparse.ArgumentParser) -> None:
+  _add_weights(command)
+  command.add_argument(
+    "--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products (%(default)s)"
+  )
+  command.add_argument(
+    "--out",
+    type=pathlib.Path,
+    metavar="FOLDER",
+    default=pathlib.Path("runs/compare"),
+    help="for JSON and PNG (%(default)s)",
+  )
+
+
+def _add_weights(command: argparse.ArgumentParser) -> None:
+  command.add_argument("--student", **_FILE, help="weights to begin with; new ones from the config's seed if not given")
+  command.add_argument("--teacher", **_FILE, help="weights of a CLIP teacher in place of the config's teacher")
+
+
+if __name__ == "__main__":
+  sys.unraisablehook = console.report_unraisable
+  sys.exit(main(sys.argv))

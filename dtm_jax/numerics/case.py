@@ -1,0 +1,222 @@
+"""A config as both frameworks can run it: the same weights and images, and nothing random inside a step."""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import torch
+from ml_collections import ConfigDict
+
+from dtm_jax import config as config_lib
+from dtm_jax import experiment
+from dtm_jax.augment import normalize
+from dtm_jax.convert import load_torch, to_state_dict
+from dtm_jax.data.pipeline import train_batches
+from dtm_jax.errors import InputError
+from dtm_jax.models.clip import resize_positions
+from dtm_jax.models.variants import Variant
+from dtm_jax.models.vit import ViT
+from dtm_jax.numerics import torch_models, torch_reference
+from dtm_jax.steps.pretrain import augment, draw_schedules, row_keys
+from dtm_jax.teachers import ClipTeacher
+
+# Their tokens are exactly parallel where patches are alike; rounding alone would decide who merges with whom.
+_TYING_TEACHERS = ("hog", "pixels")
+_NOISE = 0.1  # at 0.01 rounding still decides for 1 in 100 images of digits
+
+
+class Inputs(NamedTuple):
+  """What one step needs; B images."""
+
+  unit_images: np.ndarray  # float32 [B, P, P, 3] in [0, 1], augmented
+  images: np.ndarray  # the same, normalised for the student
+  mask: np.ndarray  # bool [B, N], True = masked
+  merges: np.ndarray  # int32 [L] or [B, L], per iteration; L = 0 without morphing
+  iterations: np.ndarray  # int32, as merges
+  lr: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One run's parts.
+
+  Attributes:
+    config: of the run, but for what is random on the device.
+    parts: built from it.
+    student: with the sizes of its weights.
+    params: the student's, numpy, where training begins.
+    notes: what the run of the config would do otherwise, as lines.
+  """
+
+  config: config_lib.Config
+  parts: experiment.Parts
+  student: ViT
+  params: Any
+  notes: tuple[str, ...]
+
+  @property
+  def teacher_is_live(self) -> bool:
+    """Whether PyTorch computes target tokens itself; if not, it is given XLA's."""
+    return isinstance(self.parts.teacher, ClipTeacher)
+
+  @functools.cached_property
+  def teacher_fn(self):
+    """`unit_images -> target tokens` in XLA."""
+    apply, ties = jax.jit(self.parts.teacher.apply), self.config.teacher.kind in _TYING_TEACHERS
+
+    def targets(images):
+      tokens = np.asarray(apply(self.parts.teacher_params, images))
+      return _part_ties(tokens) if ties else tokens
+
+    return targets
+
+  def inputs(self) -> contextlib.closing[Iterator[Inputs]]:
+    """Endless inputs of the steps from 0 on, from the config's own data."""
+    return contextlib.closing(self._inputs())
+
+  def _inputs(self) -> Iterator[Inputs]:
+    data = self.config.data
+
+    @jax.jit
+    def look(step, image):
+      unit = augment(self.config, {"image": image} | row_keys(self.config, step))
+      return unit, normalize(unit, data.mean, data.std), draw_schedules(self.config, step), self.parts.schedule(step)
+
+    with contextlib.closing(train_batches(self.config, self.parts.train_source, start_step=0)) as batches:
+      for step, batch in enumerate(batches):
+        unit, normal, draws, lr = jax.tree.map(np.asarray, look(step, batch["image"]))
+        merges, iterations = draws if self.config.morphing.enabled else (draw[..., :0] for draw in draws)
+        yield Inputs(unit, normal, batch["mask"], merges, iterations, float(lr))
+
+
+def open_case(
+  settings: ConfigDict, student_file: pathlib.Path | None, teacher_file: pathlib.Path | None, dtype: str
+) -> Case:
+  """Builds a run as its config says, but for what the two frameworks cannot share.
+
+  Args:
+    settings: of the run; changed in place.
+    student_file: weights to begin with; None draws them from the config's seed.
+    teacher_file: CLIP's weights in place of the config's teacher.
+    dtype: of matrix products in both models.
+
+  Raises:
+    InputError: the config or a file is wrong, or PyTorch cannot repeat what it asks for.
+  """
+  if teacher_file is not None:
+    settings.teacher.update(kind="clip", weights=str(teacher_file))
+  asked = config_lib.resolve(settings)
+  if asked.morphing.enabled and asked.morphing.split == "random":
+    raise InputError(
+      "config.morphing.split='random' is drawn inside XLA, and PyTorch cannot repeat it; use 'alternate'"
+    )
+  model = dataclasses.replace(asked.model, drop_path=0.0, dtype=dtype, scan_layers=False)
+  if model.attention == "cudnn" and dtype != "bfloat16":
+    model = dataclasses.replace(model, attention="xla")
+  config = dataclasses.replace(
+    asked,
+    model=model,
+    teacher=dataclasses.replace(asked.teacher, dtype=dtype),
+    optim=dataclasses.replace(asked.optim, accumulate_steps=1),  # which gives the same numbers
+  )
+  parts = experiment.build(config)
+  student, params = _student(config, parts.student, student_file)
+  return Case(config, parts, student, params, tuple(_notes(asked, config)))
+
+
+def _part_ties(tokens: np.ndarray) -> np.ndarray:
+  """Adds noise to tokens [B, N, D], the same to each image, in proportion to the longest of all."""
+  noise = np.random.default_rng(0).normal(size=tokens.shape[1:]).astype(np.float32)
+  noise *= _NOISE / np.linalg.norm(noise, axis=-1, keepdims=True)
+  return tokens + noise * np.linalg.norm(tokens, axis=-1).max()
+
+
+def _notes(asked: config_lib.Config, config: config_lib.Config) -> Iterator[str]:
+  if asked.model.drop_path:
+    yield f"without stochastic depth (config.model.drop_path={asked.model.drop_path}), which PyTorch draws differently"
+  if asked.model.dtype != config.model.dtype:
+    yield f"matrix products in {config.model.dtype} (config.model.dtype={asked.model.dtype!r})"
+  if config.teacher.kind in _TYING_TEACHERS:
+    yield f"{config.teacher.kind} tokens with {_NOISE:.0%} of noise: like patches would tie, for rounding to decide"
+
+
+def _student(config: config_lib.Config, module: ViT, file: pathlib.Path | None) -> tuple[ViT, Any]:
+  if file is None:
+    return module, jax.tree.map(np.asarray, jax.jit(lambda: experiment.init_params(config, module))())
+  kind, sizes, params = load_torch(file)
+  if kind != "student":
+    raise InputError(f"{file} holds a {kind}, not a pre-training student")
+  for name in ("patch_size", "grid", "out_dim"):
+    if sizes[name] != getattr(module, name):
+      raise InputError(
+        f"{file} has {name} {sizes[name]}, the config asks for {getattr(module, name)}; change the config"
+      )
+  return module.clone(**sizes), params
+
+
+# ------------------------------------------------------------ the PyTorch side
+
+
+def torch_device() -> torch.device:
+  """The GPU where PyTorch has one."""
+  return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def torch_student(case: Case) -> torch_models.Student:
+  """The reference student with the case's weights."""
+  module = case.student
+  size = Variant(module.width, module.depth, module.heads, module.layer_scale)
+  student = torch_models.Student(size, module.grid, module.patch_size, module.out_dim)
+  student.load_state_dict({n: to_device(v) for n, v in to_state_dict("student", case.params).items()})
+  return student.to(torch_device())
+
+
+def torch_teacher(case: Case) -> torch_models.ClipVision:
+  """The reference CLIP tower with the weights of the case's teacher, which is live."""
+  tower, params = case.parts.teacher.tower, jax.tree.map(np.asarray, case.parts.teacher_params)
+  first, others = params["pos_embed"][:1], resize_positions(params["pos_embed"][1:], tower.grid, case.config.grid)
+  params |= {"pos_embed": np.concatenate([first, others])}
+  return torch_models.load_clip({n: to_device(v) for n, v in to_state_dict("clip_vision", params).items()}).to(
+    torch_device()
+  )
+
+
+def torch_optimizer(case: Case, student: torch.nn.Module) -> torch.optim.Optimizer:
+  """The reference's AdamW as the config sets it."""
+  optim = case.config.optim
+  return torch_reference.make_optimizer(
+    student, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay
+  )
+
+
+def loss_settings(case: Case) -> dict[str, Any]:
+  """Keyword arguments of `torch_reference.train_step` that a config decides."""
+  morphing, clip_norm = case.config.morphing, case.config.optim.clip_norm
+  return {
+    "max_grad_norm": np.inf if clip_norm is None else clip_norm,
+    "loss_on": morphing.loss_on,
+    "distance": morphing.distance,
+    "protect_first": morphing.protect_first,
+    "normalize_targets": case.config.teacher.normalize_targets,
+  }
+
+
+def teacher_images(case: Case, inputs: Inputs) -> torch.Tensor:
+  """[B, 3, P, P], normalised for the case's teacher, which is live."""
+  teacher = case.parts.teacher
+  return to_nchw(np.asarray(normalize(inputs.unit_images, teacher.mean, teacher.std)))
+
+
+def to_nchw(images: np.ndarray) -> torch.Tensor:
+  """[B, P, P, 3] -> [B, 3, P, P] on the device."""
+  return to_device(images.transpose(0, 3, 1, 2))
+
+
+def to_device(array: np.ndarray) -> torch.Tensor:
+  """A copy, because JAX's arrays must not be written to."""
+  return torch.from_numpy(np.array(array, order="C")).to(torch_device())

@@ -1,0 +1,137 @@
+"""What `compare` tells on the terminal and in its JSON file."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dtm_jax.config import to_json
+from dtm_jax.numerics import depth_figure, report
+from dtm_jax.numerics.case import Case, torch_device
+
+_LISTED_TENSORS = 5
+_SECTIONS = {
+  "teacher/": "teacher, forward",
+  "student/": "student, forward",
+  "step/": "step",
+  "gradient/": "gradient, worst first",
+  "updated/": "parameter after one optimiser step, worst first",
+}
+
+Comparisons = Mapping[str, Mapping[str, Any]]  # what `compare.compare` gives, by what was compared
+
+
+def write(folder: pathlib.Path, case: Case, comparisons: Comparisons, dtype: str) -> None:
+  """Prints the tables, and leaves `compare.json` and `compare.png` in the folder.
+
+  Raises:
+    InputError: they cannot be written.
+  """
+  record = _environment(dtype) | {"config": to_json(case.config), "notes": case.notes, "comparisons": comparisons}
+  report.write_json(folder / "compare.json", record)
+  depth_figure.draw(folder / "compare.png", {title: rows["tensors"] for title, rows in comparisons.items()})
+  print(
+    "\n".join([*_header(case, record), "", describe(comparisons), "", f"see {folder}/compare.png and compare.json"])
+  )
+
+
+def _environment(dtype: str) -> dict[str, Any]:
+  here = report.environment()
+  return here | {
+    "versions": here["versions"] | {"torch": torch.__version__},
+    "torch_device": str(torch_device()),
+    "dtype": dtype,
+    "matmul_precision": "float32, and tensorfloat32 where said" if here["device"].startswith("gpu") else "float32",
+  }
+
+
+def _header(case: Case, record: Mapping[str, Any]) -> list[str]:
+  config, versions = case.config, record["versions"]
+  teacher = "computed by both" if case.teacher_is_live else "computed by XLA for both"
+  return [
+    f"XLA (jax {versions['jax']}, {record['device']}) beside PyTorch {versions['torch']} ({record['torch_device']});"
+    f" {record['dtype']}, float32 products in {record['matmul_precision']}",
+    f"student of width {case.student.width} with {case.student.depth} blocks, {config.data.batch_size} images of"
+    f" {config.data.source}, targets of {config.teacher.kind} {teacher}",
+    *case.notes,
+  ]
+
+
+def describe(comparisons: Comparisons) -> str:
+  """Tables of stages, gradients and parameters, the token groups, and where errors grow most."""
+  parts = [_section(comparisons, prefix, title) for prefix, title in _SECTIONS.items()]
+  parts.insert(2, "\n".join(_morphing_lines(comparisons)))
+  parts.append("\n".join(_growth_lines(comparisons)))
+  return "\n\n".join(part for part in parts if part)
+
+
+def _section(comparisons: Comparisons, prefix: str, title: str) -> str:
+  """A table with three columns for each comparison; tensors are ordered by the first."""
+  series = [{row["name"]: row for row in rows["tensors"]} for rows in comparisons.values()]
+  names = [name for name in series[0] if name.startswith(prefix)]
+  if not names:
+    return ""
+  left = 0
+  if "worst" in title:
+    names.sort(key=lambda name: -series[0][name]["relative"])
+    left, names = len(names[_LISTED_TENSORS:]), names[:_LISTED_TENSORS]
+  heading = [title] + ["max abs.", "relative", "1 - cosine"] * len(series)
+  rows = [[name.removeprefix(prefix), *(cell for rows in series for cell in _cells(rows[name]))] for name in names]
+  rows += [[f"... and {left} more", *[""] * (len(heading) - 1)]] if left else []
+  return report.table(heading, rows, groups=list(comparisons) if len(series) > 1 else ())
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+  return [f"{row['max_abs']:.1e}", f"{row['relative']:.1e}", f"{1 - row['cosine']:.1e}"]
+
+
+def _morphing_lines(comparisons: Comparisons) -> list[str]:
+  lines = []
+  for title, comparison in comparisons.items():
+    for i, draw in enumerate(comparison["morphing"]):
+      schedule = f"r = {_span(draw['merges'])}, k = {_span(draw['iterations'])}"
+      lines.append(
+        f"token groups, {title}, draw {i} ({schedule}): the same for {100 * draw['tokens_equal']:.6g} % of tokens,"
+        f" {100 * draw['images_equal']:.4g} % of images"
+      )
+      lines += _parting_lines(draw["partings"])
+  return lines
+
+
+def _span(values: Sequence[int]) -> str:
+  return str(values[0]) if len(values) == 1 else f"{values[0]}..{values[-1]}"
+
+
+def _parting_lines(partings: Sequence[Mapping[str, Any]]) -> list[str]:
+  """One line about the image that parts by the most, where any does."""
+  worst = sorted(partings, key=lambda row: -row["margin"])[:1]
+  return [
+    f"  of {len(partings)} images that part, image {row['image']} does so by the most: at iteration {row['iteration']}"
+    f" the similarities that decide are {row['margin']:.1e} apart, and the two sides' differ by"
+    f" {row['score_difference']:.1e}"
+    for row in worst
+  ]
+
+
+def _growth_lines(comparisons: Comparisons) -> list[str]:
+  return [
+    f"{tower}, {title}: relative error from {first:.1e} to {last:.1e} over the depth, most at {stage} (x {factor:.3g})"
+    for title, comparison in comparisons.items()
+    for tower in ("teacher", "student")
+    for first, last, stage, factor in _growth(comparison["tensors"], tower)
+  ]
+
+
+def _growth(rows: Sequence[Mapping[str, Any]], tower: str) -> list[tuple[float, float, str, float]]:
+  """At most one: errors at the first and last stage, and the stage that multiplies the error before it the most."""
+  stages = [(row["name"].partition("/")[2], row["relative"]) for row in rows if row["name"].startswith(f"{tower}/")]
+  if not stages:
+    return []
+  smallest = 1e-9  # of any interest
+  factors = [
+    (max(error, smallest) / max(before, smallest), stage)
+    for (_, before), (stage, error) in zip([("", smallest), *stages[:-1]], stages, strict=True)
+  ]
+  factor, stage = max(factors[1:])
+  return [(stages[0][1], stages[-1][1], stage, factor)]
