@@ -86,7 +86,7 @@ def test_pre_training_model_computes_what_transformers_does(tmp_path, tables, sa
   assert len(zeros) == len(report.absent) == {"both": 0, "own": 1, "shared": 3}[tables]
   actual = apply(kind)({"params": params}, nhwc(IMAGES), MASK)
   expected = model(torch.from_numpy(IMAGES), bool_masked_pos=torch.from_numpy(MASK)).logits
-  np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)  # measured 1.1e-6
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def test_fine_tuned_model_computes_what_transformers_does(tmp_path, tables):
   assert (kind, sizes) == ("classifier", SIZES | {"num_classes": 7})
   assert report.left_out == ("beit.embeddings.mask_token",)
   actual = apply(kind)({"params": params}, nhwc(IMAGES))
-  np.testing.assert_allclose(actual, model(torch.from_numpy(IMAGES)).logits, rtol=0, atol=2e-5)
+  np.testing.assert_allclose(actual, model(torch.from_numpy(IMAGES)).logits, rtol=0, atol=5e-6)  # measured 5.4e-7
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def test_bare_model_is_a_student_without_head(tmp_path):
   params["head"] = load_torch(GOLDEN / "student_tiny.pth")[2]["head"]  # which features do without
   actual = apply(kind)({"params": params}, nhwc(IMAGES), method="features")
   expected = model(torch.from_numpy(IMAGES)).last_hidden_state
-  np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)  # measured 2.1e-6
 
 
 def test_bare_model_with_mean_pooling_is_a_classifier_without_head(tmp_path):
@@ -131,12 +131,12 @@ def test_written_student_gives_the_recorded_features_and_tokens(tmp_path):
   recorded = np.load(GOLDEN / "student_tiny_features.npz")
   model = transformers.BeitModel.from_pretrained(tmp_path / "out").eval()
   features = model(torch.from_numpy(recorded["image_nchw"])).last_hidden_state
-  np.testing.assert_allclose(features, recorded["features"], rtol=0, atol=2e-5)
+  np.testing.assert_allclose(features, recorded["features"], rtol=0, atol=7e-6)  # measured 7.2e-7; asked 2e-5
   recorded = np.load(GOLDEN / "student_tiny_io.npz")
   model = transformers.BeitForMaskedImageModeling.from_pretrained(tmp_path / "out", use_mean_pooling=True).eval()
   mask = torch.from_numpy(recorded["mask"].reshape(-1, 64))
   tokens = model(torch.from_numpy(recorded["image_nchw"]), bool_masked_pos=mask).logits
-  np.testing.assert_allclose(tokens, recorded["tokens"], rtol=0, atol=2e-5)
+  np.testing.assert_allclose(tokens, recorded["tokens"], rtol=0, atol=7e-7)  # measured 7.5e-8
 
 
 @torch.no_grad()
@@ -146,7 +146,7 @@ def test_written_classifier_gives_the_recorded_logits(tmp_path):
   assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
   recorded = np.load(GOLDEN / "finetune_trajectory.npz")
   logits = model.eval()(torch.from_numpy(recorded["images_nchw"][0])).logits
-  np.testing.assert_allclose(logits, recorded["logits"][0], rtol=0, atol=2e-5)
+  np.testing.assert_allclose(logits, recorded["logits"][0], rtol=0, atol=1e-6)  # measured 1.2e-7
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,19 @@ def test_hostile_pickle_is_refused_by_name_and_does_nothing(path, tmp_path, vict
   assert not mark.exists()
 
 
+def test_a_hostile_name_stays_one_short_line(path):
+  name = "\n\x1b[2J" + "x" * 9999
+  program = b"\x80\x04\x8c\x02os" + b"X" + struct.pack("<I", len(name)) + name.encode() + b"\x93."
+  write_archive(path, program)
+  message = refusal(path)
+  assert r"asks for 'os.\n\x1b[2Jxxx" in message
+  assert len(message) < 400
+  write_archive(
+    path, b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x04\x00\x00\x00a\nb\nX\x03\x00\x00\x00cpuK\x01tQ."
+  )
+  assert r"has no entry ''data/a\nb\n''" in refusal(path)
+
+
 def test_dotted_names_do_not_reach_through_an_allowed_class(path):
   write_archive(path, b"\x80\x04\x8c\x0bcollections\x8c\x14OrderedDict.fromkeys\x93.")
   assert "asks for collections.OrderedDict.fromkeys" in refusal(path)

@@ -12,14 +12,13 @@ Exit codes: 0 done; 2 wrong usage, weights that cannot be read or written.
 """
 
 import argparse
-import hashlib
 import pathlib
 import sys
 from typing import Any, NamedTuple
 
 from dtm_jax import console
 from dtm_jax.convert.reading import Report, read_weights, some_of
-from dtm_jax.convert.state_dict import weights_file
+from dtm_jax.convert.state_dict import file_sha256, weights_file
 from dtm_jax.convert.transfer import TABLES, resize_tables, to_classifier
 from dtm_jax.convert.writing import HUGGING_FACE_FILES, save_hugging_face, save_torch, sizes_of
 from dtm_jax.errors import InputError
@@ -57,7 +56,7 @@ def main(argv: list[str]) -> int:
   except InputError as error:
     return console.fail(error, EXIT_INPUT)
   _describe("read", source.path, source.kind, source.model, source.sha256, source.report)
-  _describe("wrote", target, kind, sizes_of(kind, params), _sha256(target), None)
+  _describe("wrote", target, kind, sizes_of(kind, params), file_sha256(target), None)
   return 0
 
 
@@ -99,7 +98,7 @@ def _read(options: argparse.Namespace) -> _Input:
     return _restore(path)
   kind, model, params, report = read_weights(path, strict=not options.ignore_unknown)
   file = weights_file(path)
-  return _Input(file, _sha256(file), kind, model, params, report)
+  return _Input(file, file_sha256(file), kind, model, params, report)
 
 
 def _restore(workdir: pathlib.Path) -> _Input:
@@ -127,11 +126,6 @@ def _transfer(source: _Input, options: argparse.Namespace) -> tuple[str, dict]:
     kind = "classifier"
     params = to_classifier(params, options.num_classes, tables=options.tables or "both", seed=options.seed or 0)
   return kind, params
-
-
-def _sha256(file: pathlib.Path) -> str:
-  with file.open("rb") as stream:
-    return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _describe(verb: str, file: pathlib.Path, kind: str, model: dict, sha256: str, report: Report | None) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from dtm_jax.convert import configs, layouts
 from dtm_jax.convert.layouts import Layout, Leaf
 from dtm_jax.convert.state_dict import StateDict, read_state_dict, weights_file
+from dtm_jax.convert.torch_file import shown
 from dtm_jax.errors import InputError
 
 _FLOATS = tuple(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)))
@@ -70,10 +71,10 @@ class Weights(NamedTuple):
 
 
 def some_of(names: Iterable[str]) -> str:
-  """The first names, and how many more; on one line whatever a file calls its tensors."""
-  shown = [name if name.isprintable() and len(name) <= 100 else ascii(name)[:100] for name in names]
-  more = f" and {len(shown) - _SHOWN_NAMES} more" if len(shown) > _SHOWN_NAMES else ""
-  return ", ".join(shown[:_SHOWN_NAMES]) + more
+  """The first names, and how many more."""
+  names = list(names)
+  more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+  return ", ".join(map(shown, names[:_SHOWN_NAMES])) + more
 
 
 def read_weights(path: str | os.PathLike, *, strict: bool = True) -> Weights:
@@ -172,8 +173,10 @@ def _account(layout: Layout, expected: list[Leaf], folded: list[Leaf], views: Ma
     elif leaf.path and leaf not in folded:
       names["absent" if leaf.template in {*layout.absent} - found else "missing"].append(leaf.name)
   elsewhere = re.compile("|".join(layout.left_out) or "(?!)")
-  for name in views.keys() - {leaf.name for leaf in (*expected, *folded)}:
-    names["left_out" if elsewhere.fullmatch(name) else "unexpected"].append(name)
+  asked = {leaf.name for leaf in (*expected, *folded)}
+  for name in views:
+    if name not in asked:
+      names["left_out" if elsewhere.fullmatch(name) else "unexpected"].append(name)
   return Report(**{field: tuple(listed) for field, listed in names.items()})
 
 
@@ -205,13 +208,9 @@ def _float32(weights: StateDict, source: str, leaf: Leaf) -> np.ndarray:
     return np.zeros(leaf.their_shape, np.float32)
   dtype = weights.views[leaf.name].dtype
   if dtype not in _FLOATS:
-    raise InputError(
-      f"{source}: {some_of([leaf.name])} is {dtype}, which weights never are; it is damaged or quantised"
-    )
+    raise InputError(f"{source}: {leaf.name} is {dtype}, which weights never are; it is damaged or quantised")
   with np.errstate(over="ignore"):  # of float64; told below
     tensor = weights.read(leaf.name).astype(np.float32, copy=False).reshape(leaf.their_shape)
   if not np.isfinite(tensor).all():
-    raise InputError(
-      f"{source}: {some_of([leaf.name])} has values that are NaN or infinite; take a checkpoint before they were"
-    )
+    raise InputError(f"{source}: {leaf.name} has values that are NaN or infinite; take a checkpoint before they were")
   return tensor

@@ -1,5 +1,6 @@
 """Flat state dicts in files: where they lie, and their tensors one by one."""
 
+import hashlib
 import json
 import mmap
 import pathlib
@@ -67,6 +68,12 @@ def weights_file(path: pathlib.Path) -> pathlib.Path:
   if not path.is_file():
     raise InputError(f"weights file {path} does not exist; give a .pt, .pth or .safetensors file or a model folder")
   return path
+
+
+def file_sha256(path: pathlib.Path) -> str:
+  """SHA-256 of a file, in hex; read piece by piece."""
+  with path.open("rb") as stream:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_state_dict(path: pathlib.Path) -> StateDict:

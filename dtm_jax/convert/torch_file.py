@@ -39,6 +39,11 @@ _MAX_PICKLE_BYTES = 64 << 20  # a ViT-L with its optimiser state is under 1 MB
 _RESAVE = "re-save the state dict alone: torch.save(model.state_dict(), path)"
 
 
+def shown(text: str) -> str:
+  """What a file says, for a message: one short line, whatever is in it."""
+  return text if text.isprintable() and len(text) <= 100 else ascii(text)[:100]
+
+
 class TorchModule:
   """A TorchScript module: its attributes, none of its code."""
 
@@ -90,7 +95,7 @@ class _Archive:
   def read(self, name: str) -> memoryview:
     """The bytes of an entry, in place."""
     if name not in self._entries:
-      raise InputError(f"{self.path} is damaged: it has no entry {name!r}")
+      raise InputError(f"{self.path} is damaged: it has no entry '{shown(name)}'")
     info = self._entries[name]
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
       raise InputError(f"{self.path} is refused: its entry {name!r} is compressed, which PyTorch never does; {_RESAVE}")
@@ -112,7 +117,7 @@ def _unpickle(archive: _Archive):
   except InputError:
     raise
   except Exception as error:  # pickle's own documentation: damaged input raises anything
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    reason = shown(f"{type(error).__name__}: {error}")
     raise InputError(f"{archive.path} is truncated or damaged, its pickle does not read ({reason})") from error
 
 
@@ -153,7 +158,8 @@ class _Unpickler(pickle.Unpickler):
     if (module, name) == ("argparse", "Namespace"):  # training scripts save their command line beside the weights
       return type(name, (), {})
     raise InputError(
-      f"{self._archive.path} is refused: its pickle asks for {module}.{name}, which no weights file needs; {_RESAVE}"
+      f"{self._archive.path} is refused: its pickle asks for {shown(f'{module}.{name}')}, which no weights file needs;"
+      f" {_RESAVE}"
     )
 
   def persistent_load(self, pid: tuple) -> np.ndarray:

@@ -53,7 +53,8 @@ def load_release_student(file: pathlib.Path, **options) -> tuple[ViT, Params, st
   """
   kind, model, params = load_torch(file)
   if kind != "student":
-    raise InputError(f"{file} holds a {kind}, not a pre-trained student; config.teacher.kind='clip' takes it")
+    remedy = "config.teacher.kind='clip' takes it" if kind == "clip_vision" else "name other weights"
+    raise InputError(f"{file} holds a {kind}, not a pre-trained student; {remedy}")
   # Layer scale is only the initial value of parameters that the file has.
   return ViT(**model, layer_scale=0.0, **options), params, sha256(file)
 

@@ -66,7 +66,8 @@ def load_clip_teacher(
   file = locate_weights(weights)
   kind, model, params = load_torch(file)
   if kind != "clip_vision":
-    raise InputError(f"{file} holds a {kind}, not a CLIP vision tower; config.teacher.kind='checkpoint' takes it")
+    remedy = "config.teacher.kind='checkpoint' takes it" if kind == "student" else "name other weights"
+    raise InputError(f"{file} holds a {kind}, not a CLIP vision tower; {remedy}")
   patch_size = model["patch_size"]
   if (patch_size * grid[0], patch_size * grid[1]) != (image_size, image_size):
     raise InputError(

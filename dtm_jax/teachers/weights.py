@@ -1,13 +1,12 @@
 """Finds a teacher's weights: a file, a model folder, or a Hugging Face hub name."""
 
-import hashlib
 import pathlib
 import re
 
 from absl import logging
 
 from dtm_jax.convert.configs import CONFIG_FILES
-from dtm_jax.convert.state_dict import WEIGHTS_FILES, weights_file
+from dtm_jax.convert.state_dict import WEIGHTS_FILES, file_sha256, weights_file
 from dtm_jax.errors import InputError
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -66,7 +65,6 @@ def _fetch(name: str, file: str) -> pathlib.Path | None:
 
 def sha256(file: pathlib.Path) -> str:
   """SHA-256 of a file in hex, also logged, so that two runs can be known to have had the same teacher."""
-  with file.open("rb") as stream:
-    digest = hashlib.file_digest(stream, "sha256").hexdigest()
+  digest = file_sha256(file)
   logging.info("teacher weights %s sha256 %s", file, digest)
   return digest
