@@ -253,6 +253,9 @@ def test_unknown_names_are_named(tmp_path):
   state = golden_state("clip_vision_tiny.pth") | {"visual.attnpool.c_proj.weight": torch.ones(2)}
   torch.save(state, tmp_path / "clip.pt")
   assert "has unknown visual.attnpool.c_proj.weight" in refusal(tmp_path / "clip.pt")
+  state = {name.removeprefix("visual."): tensor for name, tensor in golden_state("clip_vision_tiny.pth").items()}
+  torch.save(state | {"transformer.resblocks.0.attn.bias_k": torch.ones(2)}, tmp_path / "tower.pt")
+  assert "has unknown transformer.resblocks.0.attn.bias_k" in refusal(tmp_path / "tower.pt")
 
 
 def test_a_gap_between_blocks_is_named(tmp_path):

@@ -55,12 +55,19 @@ def test_parameters_come_back_bit_for_bit(tmp_path, name):
     np.testing.assert_array_equal(actual[path], value, err_msg=path)
 
 
-def test_the_reference_model_takes_all_of_it(tmp_path):
-  kind, model, params = golden("student_tiny.pth")
+@pytest.mark.parametrize(
+  ("name", "module", "outputs"),
+  [
+    ("student_tiny.pth", torch_models.Student, "out_dim"),
+    ("finetune_tiny.pth", torch_models.Classifier, "num_classes"),
+  ],
+)
+def test_the_reference_models_take_all_of_it(tmp_path, name, module, outputs):
+  kind, model, params = golden(name)
   save_torch(tmp_path / "out.pth", kind, params)
   size = Variant(model["width"], model["depth"], model["heads"], layer_scale=0.1)
-  student = torch_models.Student(size, model["grid"], model["patch_size"], model["out_dim"])
-  student.load_state_dict(torch_state(tmp_path / "out.pth"), strict=True)
+  reference = module(size, model["grid"], model["patch_size"], model[outputs])
+  reference.load_state_dict(torch_state(tmp_path / "out.pth"), strict=True)
 
 
 def test_entries_are_stored_aligned_and_the_same_every_time(tmp_path):

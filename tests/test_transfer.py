@@ -153,8 +153,7 @@ def test_a_classifier_keeps_the_trunk_and_has_a_new_head():
   np.testing.assert_array_equal(classifier["patch_embed"]["kernel"], student["patch_embed"]["kernel"])
   kernel = classifier["head"]["kernel"]
   assert kernel.shape == (48, 1000) and kernel.dtype == np.float32
-  assert np.abs(kernel).max() <= 2 * 2e-5
-  assert kernel.std() == pytest.approx(0.8796 * 2e-5, rel=0.02)  # of a normal cut at two std; measured 0.3 % off
+  assert kernel.std() == pytest.approx(2e-5, rel=0.02)  # 0.3 % is one standard error of 48,000 draws
   assert not classifier["head"]["bias"].any() and not classifier["fc_norm"]["bias"].any()
   assert (classifier["fc_norm"]["scale"] == 1).all()
   np.testing.assert_array_equal(to_classifier(student, 1000, seed=3)["head"]["kernel"], kernel)

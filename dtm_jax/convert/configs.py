@@ -123,6 +123,4 @@ def hugging_face_config(kind: str, model: dict) -> dict:
     "use_mean_pooling": not is_student,  # else the final norm comes after the pooling
     "id2label": dict(enumerate(labels)),
     "label2id": {label: i for i, label in enumerate(labels)},
-    "dtype": "float32",
-    "torch_dtype": "float32",
   } | ({"vocab_size": outputs} if is_student else {})

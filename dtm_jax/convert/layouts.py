@@ -185,7 +185,7 @@ class Layout(NamedTuple):
     title: For people.
     rows, column: The names.
     markers: Names that tell this layout from those after it in `LAYOUTS`.
-    prefix: Of the part that is also saved alone, with its names without it.
+    prefix: That the names in this file lack, because a part was saved alone.
     left_out: Patterns of names that belong to other parts of the saved model.
     absent: Leaves that may be missing as a whole, and are zeros then.
     folded: The shared table's rows where the model has none: it is added to those of the blocks.
@@ -219,7 +219,6 @@ _HF_STUDENT = Layout(
   rows=_STUDENT,
   column=1,
   markers=(_HF,),
-  prefix="beit.",
   absent=(*_TABLES, "mask_token", "head/kernel", "head/bias"),
 )
 _HF_CLASSIFIER = Layout(
@@ -228,7 +227,6 @@ _HF_CLASSIFIER = Layout(
   rows=_CLASSIFIER,
   column=1,
   markers=(_HF, _POOLED),
-  prefix="beit.",
   left_out=(r"(beit\.)?embeddings\.mask_token",),  # from pre-training
   absent=(*_TABLES, "head/kernel", "head/bias"),
   folded=tuple(_SHARED_TABLE),
@@ -257,7 +255,6 @@ _OPENAI_CLIP = Layout(
   rows=_CLIP,
   column=0,
   markers=("visual.conv1.weight",),
-  prefix="visual.",
   left_out=_OPENAI_REST,
 )
 _HF_CLIP = Layout(
@@ -268,33 +265,38 @@ _HF_CLIP = Layout(
   markers=(f"{_HF_EMBEDDINGS}patch_embedding.weight",),
   left_out=_HF_CLIP_REST,
 )
-# In the order in which they are tried.
-LAYOUTS = (
-  _RELEASE_CLASSIFIER,
-  _RELEASE_STUDENT,
+_HF_BEIT = (
   _HF_CLASSIFIER._replace(column=2, markers=(_HF, _HF_5, _POOLED)),
   _HF_STUDENT._replace(column=2, markers=(_HF, _HF_5)),
   _HF_CLASSIFIER,
   _HF_STUDENT,
+)
+# In the order in which they are tried.
+LAYOUTS = (
+  _RELEASE_CLASSIFIER,
+  _RELEASE_STUDENT,
+  *_HF_BEIT,
+  *(layout._replace(prefix="beit.") for layout in _HF_BEIT),
   _OPENAI_CLIP,
+  _OPENAI_CLIP._replace(prefix="visual.", left_out=()),  # all that is left out is beside the tower
   _HF_CLIP,
 )
 # To write.
 RELEASE = {"student": _RELEASE_STUDENT, "classifier": _RELEASE_CLASSIFIER, "clip_vision": _OPENAI_CLIP}
-HUGGING_FACE = {"student": _HF_STUDENT, "classifier": _HF_CLASSIFIER}
+HUGGING_FACE = {"student": _HF_STUDENT._replace(prefix="beit."), "classifier": _HF_CLASSIFIER}
 
 
-def first_place(layout: Layout, template: str, prefix: str) -> tuple[str, tuple[int, ...] | None]:
+def first_place(layout: Layout, template: str) -> tuple[str, tuple[int, ...] | None]:
   """Their name of a leaf, in the first block where it is in all, and their axes in our order."""
   row = next(row for row in (*layout.rows, *layout.folded) if row.ours == template)
   source = row.theirs[layout.column]
-  return source.name.format(0).removeprefix(prefix), source.order
+  return source.name.format(0).removeprefix(layout.prefix), source.order
 
 
-def count_blocks(layout: Layout, prefix: str, names: Iterable[str]) -> int:
+def count_blocks(layout: Layout, names: Iterable[str]) -> int:
   """How many different numbers of blocks there are: with a gap, the names that are out of line are then told."""
   block = next(row for row in layout.rows if "{}" in row.ours).theirs[layout.column].name
-  number = re.compile(re.escape(block.removeprefix(prefix).partition("{}")[0]) + r"(\d+)\.")
+  number = re.compile(re.escape(block.removeprefix(layout.prefix).partition("{}")[0]) + r"(\d+)\.")
   return len({match[1] for match in map(number.match, names) if match})
 
 
@@ -327,14 +329,13 @@ class Leaf(NamedTuple):
     return parameter if self.order is None else parameter.transpose(np.argsort(self.order))
 
 
-def leaves(layout: Layout, rows: Iterable[_Row], model: dict, prefix: str) -> Iterator[Leaf]:
+def leaves(layout: Layout, rows: Iterable[_Row], model: dict) -> Iterator[Leaf]:
   """Every leaf of some rows of a model, in the order of the foreign file.
 
   Args:
     layout: Of the foreign names.
     rows: The layout's `rows` or `folded`.
     model: The sizes, as `model_sizes` gives them.
-    prefix: That foreign names lack; "" or the layout's.
   """
   letters = _letters(layout.kind, model)
   for is_block, group in itertools.groupby(rows, lambda row: "{}" in row.theirs[0].name):
@@ -345,7 +346,7 @@ def leaves(layout: Layout, rows: Iterable[_Row], model: dict, prefix: str) -> It
         theirs = shape if source.order is None else tuple(shape[source.order.index(k)] for k in range(len(shape)))
         if source.third is not None:
           theirs = (3 * theirs[0], *theirs[1:])
-        name = source.name.format(i).removeprefix(prefix)
+        name = source.name.format(i).removeprefix(layout.prefix)
         yield Leaf(row.ours.format(i), row.ours, name, shape, theirs, source.order, source.third)
 
 

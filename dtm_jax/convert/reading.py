@@ -116,12 +116,12 @@ def from_state_dict(tensors: Mapping[str, np.ndarray], *, strict: bool = True) -
 
 
 def _convert(weights: StateDict, source: str, folder: pathlib.Path | None, *, strict: bool) -> Weights:
-  layout, prefix = _detect(weights.views, source)
-  model = _sizes(layout, prefix, weights.views, source)
+  layout = _detect(weights.views, source)
+  model = _sizes(layout, weights.views, source)
   if folder is not None:
     configs.check(layout, folder, model)
-  expected = list(layouts.leaves(layout, layout.rows, model, prefix))
-  folded = list(layouts.leaves(layout, layout.folded, model, prefix))
+  expected = list(layouts.leaves(layout, layout.rows, model))
+  folded = list(layouts.leaves(layout, layout.folded, model))
   report = _account(layout, expected, folded, weights.views)
   report.check(source, strict=strict)
   params = _read(weights, source, expected, model["grid"])
@@ -132,20 +132,18 @@ def _convert(weights: StateDict, source: str, folder: pathlib.Path | None, *, st
   return Weights(layout.kind, model, layouts.nest(params), report)
 
 
-def _detect(names: Mapping, source: str) -> tuple[Layout, str]:
-  """The layout, and the prefix that its names lack in this file."""
+def _detect(names: Mapping, source: str) -> Layout:
   for layout in layouts.LAYOUTS:
-    for prefix in ("", layout.prefix):
-      if all(marker.removeprefix(prefix) in names for marker in layout.markers):
-        return layout, prefix
+    if all(marker.removeprefix(layout.prefix) in names for marker in layout.markers):
+      return layout
   raise InputError(
     f"{source} is neither a BEiT-style student or classifier nor a CLIP vision tower: it begins with {some_of(names)}"
   )
 
 
-def _sizes(layout: Layout, prefix: str, views: Mapping[str, np.ndarray], source: str) -> dict:
+def _sizes(layout: Layout, views: Mapping[str, np.ndarray], source: str) -> dict:
   def shape(template: str, rank: int) -> tuple[int, ...]:
-    name, order = layouts.first_place(layout, template, prefix)
+    name, order = layouts.first_place(layout, template)
     if name not in views:
       if template in layout.absent:
         return ()
@@ -156,7 +154,7 @@ def _sizes(layout: Layout, prefix: str, views: Mapping[str, np.ndarray], source:
     return theirs if order is None else tuple(theirs[axis] for axis in order)
 
   try:
-    return layouts.model_sizes(layout.kind, layouts.count_blocks(layout, prefix, views), shape)
+    return layouts.model_sizes(layout.kind, layouts.count_blocks(layout, views), shape)
   except InputError as error:
     raise InputError(f"{source} is not {layout.title}, or is damaged: {error}") from error
 

@@ -10,15 +10,14 @@ from dtm_jax.errors import InputError
 
 TABLES = ("both", "shared", "own")
 _SPECIAL_ROWS = 3  # class to token, token to class, class to class: of no place on the grid
-_HEAD_STD, _HEAD_SCALE = 0.02, 0.001  # of BEiT's fine-tuning
+_HEAD_STD = 0.02 * 0.001  # BEiT's initial std and its scale of a new head
 
 
 def to_classifier(params: Mapping, num_classes: int, *, tables: str = "both", seed: int = 0) -> dict:
   """A fine-tuning model that begins as a pre-trained student.
 
   The mask token, the final norm and the head are left behind. `fc_norm` is new;
-  the new head's kernel is normal of std 0.02 cut at two std, times 0.001, as
-  BEiT's is, so that training begins at equal logits.
+  the new head is normal of std 2e-5, so that training begins at equal logits.
 
   Args:
     params: Of a student.
@@ -45,19 +44,12 @@ def to_classifier(params: Mapping, num_classes: int, *, tables: str = "both", se
   for path, own in kept.items():
     if path.endswith("/rel_pos_bias"):
       kept[path] = {"both": own + shared, "shared": shared, "own": own}[tables]
+  head = np.random.default_rng(seed).standard_normal((width, num_classes))
   return layouts.nest(
     kept
     | {"fc_norm/scale": np.ones(width, np.float32), "fc_norm/bias": np.zeros(width, np.float32)}
-    | {"head/kernel": _head(width, num_classes, seed), "head/bias": np.zeros(num_classes, np.float32)}
+    | {"head/kernel": (head * _HEAD_STD).astype(np.float32), "head/bias": np.zeros(num_classes, np.float32)}
   )
-
-
-def _head(width: int, num_classes: int, seed: int) -> np.ndarray:
-  rng = np.random.default_rng(seed)
-  normal = rng.standard_normal((width, num_classes))
-  while (beyond := np.abs(normal) > 2).any():
-    normal[beyond] = rng.standard_normal(beyond.sum())
-  return (normal * (_HEAD_STD * _HEAD_SCALE)).astype(np.float32)
 
 
 def resize_tables(params: Mapping, grid_from: tuple[int, int], grid_to: tuple[int, int]) -> dict:

@@ -36,8 +36,9 @@ def to_state_dict(kind: str, params: Mapping) -> dict[str, np.ndarray]:
     InputError: another kind of model, a grid that is not square (the layout has no place for it), or values that are
       NaN or infinite.
   """
-  _, state = _rename(kind, params, layouts.RELEASE, prefix="")
-  return state
+  if kind not in layouts.RELEASE:
+    raise InputError(f"{kind!r} is not a kind of model; there are {', '.join(layouts.RELEASE)}")
+  return _rename(layouts.RELEASE[kind], params)[1]
 
 
 def save_torch(path: str | os.PathLike, kind: str, params: Mapping) -> None:
@@ -75,9 +76,9 @@ def save_hugging_face(folder: str | os.PathLike, kind: str, params: Mapping) -> 
   """
   if kind not in layouts.HUGGING_FACE:
     raise InputError(f"a {kind} has no Hugging Face layout here; students and classifiers have")
-  is_base = kind == "student" or not np.size(params["head"]["bias"])
-  prefix = layouts.HUGGING_FACE[kind].prefix if is_base else ""
-  model, state = _rename(kind, params, layouts.HUGGING_FACE, prefix)
+  model, state = _rename(layouts.HUGGING_FACE[kind], params)
+  if not model[layouts.output_field(kind)]:  # without its head it is a `BeitModel`
+    state = {name.removeprefix("beit."): array for name, array in state.items()}
   state = {name: array for name, array in state.items() if array.dtype == np.float32 and array.size}
   with _replacing(pathlib.Path(folder)) as unfinished:
     unfinished.mkdir()
@@ -86,14 +87,13 @@ def save_hugging_face(folder: str | os.PathLike, kind: str, params: Mapping) -> 
     config.write_text(json.dumps(hugging_face_config(kind, model), indent=2) + "\n")
 
 
-def _rename(kind: str, params: Mapping, named: dict[str, Layout], prefix: str) -> tuple[dict, dict[str, np.ndarray]]:
+def _rename(layout: Layout, params: Mapping) -> tuple[dict, dict[str, np.ndarray]]:
   """Sizes, and arrays by foreign name."""
-  if kind not in named:
-    raise InputError(f"{kind!r} is not a kind of model; there are {', '.join(named)}")
+  kind = layout.kind
   flat = {path: np.asarray(value, np.float32) for path, value in layouts.flatten(params).items()}
   model = sizes_of(kind, params)
   state: dict[str, list[np.ndarray]] = {}
-  for leaf in layouts.leaves(named[kind], named[kind].rows, model, prefix):
+  for leaf in layouts.leaves(layout, layout.rows, model):
     parameter = flat.pop(leaf.path, None) if leaf.path else layouts.relative_position_index(model["grid"])
     if parameter is None or parameter.shape != leaf.shape:
       raise InputError(f"{leaf.path} of shape {list(leaf.shape)} is not among these parameters of a {kind}")
