@@ -16,7 +16,7 @@ from dtm_jax.errors import InputError
 from dtm_jax.numerics import require_torch
 
 EXIT_BEYOND, EXIT_INPUT = 1, 2
-_CONFIG_OPTIONS = "--config=FILE and --config.path.to.key=value are those of dtm_jax.main; default: the quickstart."
+_CONFIG_OPTIONS = "The run: --config=FILE and --config.path.to.key=value, as for dtm_jax.main; without, the quickstart."
 
 
 def main(argv: list[str]) -> int:
@@ -60,8 +60,8 @@ def _model_file(options: argparse.Namespace, kind: str) -> pathlib.Path:
 
 
 def _record(options: argparse.Namespace, rest: list[str]) -> int:
-  settings = command_line.parse_config(rest)
   require_torch()
+  settings = command_line.parse_config(rest)
   if options.steps < 1:
     raise InputError(f"--steps={options.steps} must be at least 1")
   if options.out.suffix != ".npz":
@@ -79,8 +79,8 @@ def _record(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _compare(options: argparse.Namespace, rest: list[str]) -> int:
-  settings = command_line.parse_config(rest)
   require_torch()
+  settings = command_line.parse_config(rest)
   import jax
 
   from dtm_jax.numerics import compare, compare_report
@@ -105,14 +105,14 @@ def _parser() -> argparse.ArgumentParser:
   parser = _Parser(prog="python -m dtm_jax.numerics", description=__doc__, **layout)
   commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-  def add(name: str, run, text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=text, **layout)
+  def add(name: str, run, text: str, epilog: str = "") -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text, epilog=epilog, **layout)
     command.set_defaults(run=run)
     return command
 
   _add_replay(add("replay", _replay, "re-run a recorded PyTorch run in XLA, from the same weights"))
-  _add_record(add("record", _record, f"record a run of the PyTorch reference. {_CONFIG_OPTIONS}"))
-  _add_compare(add("compare", _compare, f"one step in both frameworks, stage by stage. {_CONFIG_OPTIONS}"))
+  _add_record(add("record", _record, "record a run of the PyTorch reference", _CONFIG_OPTIONS))
+  _add_compare(add("compare", _compare, "one step in both frameworks, stage by stage", _CONFIG_OPTIONS))
   return parser
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from dtm_jax.figures import DPI, save_figure
 
@@ -83,6 +83,7 @@ def _finish(panel: Axes) -> None:
   panel.set_yscale("log")
   panel.yaxis.set_major_locator(LogLocator(numticks=12))
   panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
+  panel.yaxis.set_minor_formatter(NullFormatter())
   panel.tick_params(labelleft=True)
   panel.set_xlabel("stage (numbers are blocks)")
   panel.tick_params(axis="x", labelsize=8)

@@ -1,13 +1,13 @@
 """A recorded training run in one `.npz` file: its format, its check, reading and writing."""
 
-import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 import zipfile
 import zlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -138,8 +138,7 @@ def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
   if not path.is_file():
     raise InputError(f"trace {path} does not exist; docs/recording.md shows how to make one")
   try:
-    with contextlib.closing(np.load(path, allow_pickle=False)) as archive:
-      _check_size(path, archive)
+    with path.open("rb") as stream, _open_archive(stream) as archive:
       names = [name for name in archive.files if name.startswith(FINAL) or name in _known_fields()]
       return {name: archive[name] for name in names}
   except _UNREADABLE as error:
@@ -149,16 +148,20 @@ def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     ) from error
 
 
+def _open_archive(stream: BinaryIO) -> np.lib.npyio.NpzFile:
+  size, start = stream.seek(0, os.SEEK_END), stream.seek(0)
+  if stream.read(2) != b"PK":
+    raise ValueError("not a .npz file")
+  stream.seek(start)
+  archive = np.load(stream, allow_pickle=False)
+  unpacked = sum(member.file_size for member in archive.zip.infolist())
+  if unpacked > _MAX_EXPANSION * size:
+    raise ValueError(f"it would unpack to {unpacked} bytes")
+  return archive
+
+
 def _known_fields() -> set[str]:
   return {*_OPTIONAL}.union(*_REQUIRED.values())
-
-
-def _check_size(path: pathlib.Path, archive: object) -> None:
-  if not isinstance(archive, np.lib.npyio.NpzFile):
-    raise ValueError("a single array")
-  unpacked = sum(member.file_size for member in archive.zip.infolist())
-  if unpacked > _MAX_EXPANSION * path.stat().st_size:
-    raise ValueError(f"it would unpack to {unpacked} bytes")
 
 
 def _check_names(trace: Trace) -> None:
