@@ -191,6 +191,13 @@ def test_config_of_another_model_is_refused(tmp_path, setting, value):
     load_torch(tmp_path)
 
 
+def test_two_norms_are_refused_even_when_not_strict(tmp_path):
+  """`BeitForMaskedImageModeling` whose trunk does not pool has a norm of the trunk and one of its own."""
+  beit("BeitForMaskedImageModeling", "both", use_mean_pooling=False).save_pretrained(tmp_path)
+  with pytest.raises(InputError, match="config.json says use_mean_pooling False"):
+    load_torch(tmp_path, strict=False)
+
+
 def test_eps_of_the_hub_is_read(tmp_path):
   """BEiT was trained with 1e-6; its files on the hub say 1e-12, transformers' default."""
   save_hugging_face(tmp_path, "student", load_torch(GOLDEN / "student_tiny.pth")[2])

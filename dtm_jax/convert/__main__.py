@@ -1,6 +1,6 @@
 """Weights from one layout to another.
 
-  python -m dtm_jax.convert IN OUT [--to=release|huggingface] [--overwrite] [--ignore_unknown]
+  python -m dtm_jax.convert IN OUT [--to=release|huggingface] [--overwrite] [--lenient]
                             [--image_size=PIXELS] [--num_classes=N [--tables=both|shared|own] [--seed=S]]
 
 IN is a weights file or model folder (released code, BEiT, Hugging Face, OpenAI's or open_clip's CLIP), or the work
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("output", metavar="OUT", type=pathlib.Path)
   parser.add_argument("--to", choices=("release", "huggingface"), help="release if OUT ends in .pth or .pt")
   parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
-  parser.add_argument("--ignore_unknown", action="store_true", help="leave out names that no known model has")
+  parser.add_argument("--lenient", action="store_true", help="leave out unknown names, ignore axes of length 1")
   parser.add_argument("--image_size", type=int, metavar="PIXELS", help="of square images that OUT is for")
   parser.add_argument("--num_classes", type=int, metavar="N", help="make a fine-tuning model with so many classes")
   parser.add_argument("--tables", choices=TABLES, help="a block's table from its own and the shared one (both)")
@@ -96,7 +96,7 @@ def _read(options: argparse.Namespace) -> _Input:
   path = options.input
   if (path / "checkpoints").is_dir():
     return _restore(path)
-  kind, model, params, report = read_weights(path, strict=not options.ignore_unknown)
+  kind, model, params, report = read_weights(path, strict=not options.lenient)
   file = weights_file(path)
   return _Input(file, file_sha256(file), kind, model, params, report)
 

@@ -19,6 +19,7 @@ from dtm_jax.errors import InputError
 
 _FLOATS = tuple(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)))
 _SHOWN_NAMES = 3
+_REMEDY = "python -m dtm_jax.convert --lenient makes a clean file of it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +46,12 @@ class Report:
 
   def check(self, source: str, *, strict: bool) -> None:
     """Raises InputError for what is refused."""
-    problems = {"lacks": self.missing, "has wrong shapes:": self.misshapen}
-    if strict:
-      problems |= {"has unneeded axes in": self.reshaped, "has unknown": self.unexpected}
-    for problem, names in problems.items():
+    for problem, names in {"lacks": self.missing, "has wrong shapes:": self.misshapen}.items():
       if names:
         raise InputError(f"{source} {problem} {some_of(names)}; it holds another model or is damaged")
+    for problem, names in {"has other axes of length 1:": self.reshaped, "has unknown": self.unexpected}.items():
+      if names and strict:
+        raise InputError(f"{source} {problem} {some_of(names)}; it holds another model, or {_REMEDY}")
 
 
 class Weights(NamedTuple):
