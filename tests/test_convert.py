@@ -514,6 +514,22 @@ def test_truncated_weights_are_refused(tmp_path, name, kept):
   assert "truncated" in refusal(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+  "entry",
+  [
+    {"dtype": "F32", "shape": [2], "data_offsets": "x"},
+    {"dtype": "F32", "shape": [2]},
+    {"dtype": "F32", "shape": [1 << 60], "data_offsets": [0, 8]},
+    {"dtype": "F32", "shape": [2], "data_offsets": [1 << 40, (1 << 40) + 8]},
+    ["F32"],
+  ],
+)
+def test_safetensors_with_a_header_that_lies_are_refused(tmp_path, entry):
+  header = json.dumps({"w": entry}).encode()
+  (tmp_path / "lies.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+  assert "not a safetensors file" in refusal(tmp_path / "lies.safetensors")
+
+
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads its own memory there")
 def test_memory_stays_close_to_the_size_of_the_file(tmp_path):
   """Copies of all tensors while all of the mapped file is resident would take twice the size."""

@@ -15,6 +15,7 @@ from dtm_jax.errors import InputError
 from dtm_jax.models.vit import Classifier, ViT
 
 transformers = pytest.importorskip("transformers")
+beit_module = pytest.importorskip("transformers.models.beit.modeling_beit")
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 # Those of the recorded models, so that one compilation serves all tests.
 SIZES = {"patch_size": 8, "width": 48, "depth": 3, "heads": 3, "grid": (8, 8)}
@@ -72,10 +73,27 @@ def save_state_dict(model, folder):
   model.config.save_pretrained(folder)
 
 
+def save_old_file(model, folder):
+  """As transformers 4 did: the names of today's files, and index buffers beside the tables."""
+  model.save_pretrained(folder)
+  state = load_file(folder / "model.safetensors")
+  (folder / "model.safetensors").unlink()
+  index = beit_module.BeitRelativePositionBias.generate_relative_position_index((8, 8))
+  tables = [name for name in state if name.endswith("_bias_table")]
+  state |= {name.replace("_bias_table", "_index"): index for name in tables}
+  torch.save(state, folder / "pytorch_model.bin")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
   ("tables", "save"),
-  [("both", save_folder), ("own", save_folder), ("shared", save_folder), ("both", save_state_dict)],
+  [
+    ("both", save_folder),
+    ("own", save_folder),
+    ("shared", save_folder),
+    ("both", save_state_dict),
+    ("both", save_old_file),
+  ],
 )
 def test_pre_training_model_computes_what_transformers_does(tmp_path, tables, save):
   model = beit("BeitForMaskedImageModeling", tables)
