@@ -23,11 +23,12 @@ def run(script: str, tmp_path: pathlib.Path, *options: str) -> dict:
 
 @pytest.mark.slow
 def test_step_has_the_losses_memory_and_flops_of_pytorch(tmp_path):
-  options = ("--variant=S", "--batch=1", "--torch", "eager", "--morphing_share=1", "--peak_tflops=0.5")
+  # A third step, the first that tells whether the warm-up has left moments behind.
+  options = ("--variant=S", "--batch=1", "--rounds=2", "--torch", "eager", "--morphing_share=1", "--peak_tflops=0.5")
   results = run("torch_vs_xla", tmp_path, *options)["results"]
   rows = {row["contender"]: row for row in results["steps"]}
   assert list(rows) == ["XLA", "PyTorch eager", "PyTorch eager SDPA"]
-  assert max(row["loss_difference"] for row in rows.values()) < 1e-6  # measured 1.1e-7 after two steps; asked 1e-5
+  assert max(row["loss_difference"] for row in rows.values()) < 1e-6  # measured 1.4e-7 over three steps; asked 1e-5
   xla, eager, _ = rows.values()
   # What XLA counts beyond the formula is the bias tables and all that is no matrix product.
   assert 1 < xla["counted_flops"] / results["model_flops"] < 1.05  # measured 1.029
