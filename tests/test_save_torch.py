@@ -84,10 +84,15 @@ def test_entries_are_stored_aligned_and_the_same_every_time(tmp_path):
       assert (info.header_offset + 30 + int(name_bytes) + int(extra_bytes)) % 64 == 0, info.filename
 
 
-def test_arrays_in_any_memory_order_and_jax_arrays_are_written(tmp_path):
+@pytest.mark.parametrize(
+  "order",
+  [np.ascontiguousarray, np.asfortranarray, lambda x: np.repeat(x, 2, axis=0)[::2]],
+  ids=["rows", "columns", "every other"],
+)
+def test_arrays_in_any_memory_order_and_jax_arrays_are_written(tmp_path, order):
   jax = pytest.importorskip("jax")
   kind, _, params = golden("student_tiny.pth")
-  odd = jax.tree.map(lambda x: np.asfortranarray(np.repeat(x, 2, axis=0))[::2], params)
+  odd = jax.tree.map(order, params)
   odd["norm"] = jax.device_put(params["norm"])
   save_torch(tmp_path / "odd.pth", kind, odd)
   save_torch(tmp_path / "plain.pth", kind, params)
