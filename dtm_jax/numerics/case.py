@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from dtm_jax import config as config_lib
 from dtm_jax import experiment
 from dtm_jax.augment import normalize
-from dtm_jax.convert import load_torch, to_state_dict
+from dtm_jax.convert import from_state_dict, load_torch, to_state_dict
 from dtm_jax.data.pipeline import train_batches
 from dtm_jax.errors import InputError
 from dtm_jax.models.clip import resize_positions
@@ -101,7 +101,7 @@ def open_case(
 
   Args:
     settings: of the run; changed in place.
-    student_file: weights to begin with; None draws them from the config's seed.
+    student_file: weights to begin with; None has PyTorch draw them, from the config's seed.
     teacher_file: CLIP's weights in place of the config's teacher.
     dtype: of matrix products in both models.
 
@@ -147,7 +147,10 @@ def _notes(asked: config_lib.Config, config: config_lib.Config) -> Iterator[str]
 
 def _student(config: config_lib.Config, module: ViT, file: pathlib.Path | None) -> tuple[ViT, Any]:
   if file is None:
-    return module, jax.tree.map(np.asarray, jax.jit(lambda: experiment.init_params(config, module))())
+    with torch.random.fork_rng():
+      torch.manual_seed(config.run.seed)
+      state = _new_torch_student(module).state_dict()
+    return module, from_state_dict({name: value.numpy() for name, value in state.items()}).params
   kind, sizes, params = load_torch(file)
   if kind != "student":
     raise InputError(f"{file} holds a {kind}, not a pre-training student")
@@ -169,11 +172,14 @@ def torch_device() -> torch.device:
 
 def torch_student(case: Case) -> torch_models.Student:
   """The reference student with the case's weights."""
-  module = case.student
-  size = Variant(module.width, module.depth, module.heads, module.layer_scale)
-  student = torch_models.Student(size, module.grid, module.patch_size, module.out_dim)
+  student = _new_torch_student(case.student)
   student.load_state_dict({n: to_device(v) for n, v in to_state_dict("student", case.params).items()})
   return student.to(torch_device())
+
+
+def _new_torch_student(module: ViT) -> torch_models.Student:
+  size = Variant(module.width, module.depth, module.heads, module.layer_scale)
+  return torch_models.Student(size, module.grid, module.patch_size, module.out_dim)
 
 
 def torch_teacher(case: Case) -> torch_models.ClipVision:

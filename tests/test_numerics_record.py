@@ -1,0 +1,111 @@
+"""Traces made here: by the command, and by the recorder that docs/recording.md gives to paste."""
+
+import pathlib
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from dtm_jax.numerics import torch_models, torch_reference
+from dtm_jax.numerics.__main__ import main
+from dtm_jax.numerics.replay import Tolerances, describe, replay, summarize
+from dtm_jax.numerics.trace import read_trace
+
+ROOT = pathlib.Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+SMOKE = f"--config={ROOT}/configs/quickstart.py:smoke"
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*load_module:DeprecationWarning")
+
+
+def code_after(marker: str) -> str:
+  """The fenced block that follows a marker in docs/recording.md."""
+  text = (ROOT / "docs" / "recording.md").read_text()
+  return re.search(rf"<!-- test: {marker} -->\n```python\n(.*?)```", text, re.DOTALL)[1]
+
+
+def test_a_recorded_config_is_repeated(capsys, tmp_path):
+  out = tmp_path / "trace.npz"
+  settings = {
+    "data.color_jitter": 0.4,  # on the device: recorded as the student saw it
+    "morphing.granularity": "image",
+    "morphing.loss_on": "masked",
+    "morphing.protect_first": False,
+    "morphing.draws": 1,
+    "teacher.normalize_targets": True,
+    "optim.accumulate_steps": 2,
+    "optim.clip_norm": 0.1,
+    "optim.warmup_epochs": 0.0,
+  }
+  words = [f"--config.{name}={value}" for name, value in settings.items()]
+  assert main(["numerics", "record", SMOKE, f"--out={out}", "--steps=2", *words]) == 0
+  printed = capsys.readouterr().out
+  assert "without stochastic depth (config.model.drop_path=0.1)" in printed
+  assert "hog tokens with 10% of noise" in printed
+  trace = read_trace(out)
+  assert trace["per_iteration"].shape == (2, 8, 1)
+  assert len(np.unique(trace["per_iteration"])) > 2
+  assert trace["target_tokens"].shape == (2, 8, 16, 27)
+  replay_words = re.search(r"replay it: python -m dtm_jax.numerics (.*)", printed)[1].split()
+  measured_times_ten = ["--loss_rtol=2e-6", "--grad_norm_rtol=1e-6", "--param_atol=4.8e-6"]
+  assert main(["numerics", *replay_words, *measured_times_ten]) == 0
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["trace.npz", "trace.student.pth"]
+
+
+def test_the_pasted_recorder_makes_a_trace_that_is_repeated(tmp_path):
+  pasted = {}
+  exec(code_after("recorder"), pasted)  # noqa: S102
+  torch.manual_seed(0)
+  student = torch_models.Student(torch_models.Variant(48, 1, 3, 0.1), grid=(8, 8), patch_size=8, out_dim=32)
+  teacher = torch_models.load_clip(torch.load(GOLDEN / "clip_vision_tiny.pth", weights_only=True))
+  settings = {"betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.05}
+  optimizer = torch_reference.make_optimizer(student, **settings)
+  fixed = {"kind": "pretrain", "distance": "smooth_l1", "patch_size": 8, "max_grad_norm": 0.05}
+  recorder = pasted["Recorder"](student, **fixed, **settings)
+  recorder.save_start(tmp_path / "start.pth")
+  rng = np.random.default_rng(0)
+  for step in range(3):
+    images = torch.from_numpy(rng.normal(size=(4, 3, 64, 64)).astype(np.float32))
+    mask = torch.from_numpy(rng.random((4, 64)) < 0.4)
+    draws = {"per_iteration": [3, 10 * step], "iterations": [5, 2]}
+    lr = 1e-3 * (step + 1)
+    loss, grad_norm = torch_reference.train_step(
+      student, teacher, optimizer, images, mask, *draws.values(), lr=lr, max_grad_norm=0.05
+    )
+    recorder.add(images_nchw=images, masks=mask, **draws, lr=lr, losses=loss, grad_norms=grad_norm)
+  recorder.save(tmp_path / "trace.npz")
+  trace = read_trace(tmp_path / "trace.npz")
+  replayed = replay(trace, tmp_path / "start.pth", GOLDEN / "clip_vision_tiny.pth")
+  measured_times_ten = Tolerances(loss_rtol=2.4e-6, param_atol=2e-6, grad_norm_rtol=1.5e-6)
+  summary = summarize(trace, replayed, measured_times_ten)
+  assert summary["within_tolerance"], describe(summary)
+
+
+def test_the_pasted_recorder_needs_numpy_and_torch_alone():
+  code = code_after("recorder")
+  assert re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE) == ["numpy", "torch"]
+  assert len(code.splitlines()) < 35
+
+
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    (["--config.morphing.split=random"], "config.morphing.split='random' is drawn inside XLA"),
+    (["--steps=0"], "--steps=0 must be at least 1"),
+    (["--out=trace.np"], "--out=trace.np must end in .npz"),
+    (["--config.data.batchsize=3"], "config.data.batchsize does not exist"),
+    (["--workdir=x"], "'workdir'"),
+    ([f"--student={GOLDEN}/student_tiny.pth"], "has patch_size 8, the config asks for 4"),
+    ([f"--student={GOLDEN}/clip_vision_tiny.pth"], "holds a clip_vision, not a pre-training student"),
+    ([f"--teacher={GOLDEN}/clip_vision_tiny.pth"], "the teacher's patches have 8 pixels"),
+    (["--teacher=none.pt"], "weights file none.pt does not exist"),
+  ],
+)
+def test_what_cannot_be_recorded_is_told_in_one_line(capsys, monkeypatch, tmp_path, words, message):
+  monkeypatch.chdir(tmp_path)
+  assert main(["numerics", "record", SMOKE, "--out=trace.npz", *words]) == 2
+  err = capsys.readouterr().err
+  assert err.count("\n") == 1
+  assert message in err
+  assert not [*tmp_path.iterdir()]
