@@ -308,6 +308,12 @@ def test_learning_rate_equals_the_recorded_schedule():
   np.testing.assert_allclose(actual, recorded["lr"], rtol=0, atol=4e-18)  # measured 4.3e-19
 
 
+def test_bias_index_equals_transformers_on_a_rectangle():
+  beit = pytest.importorskip("transformers.models.beit.modeling_beit")
+  expected = beit.BeitRelativePositionBias.generate_relative_position_index((3, 5))
+  np.testing.assert_array_equal(torch_models.RelativePositionBias((3, 5), 1).relative_position_index, expected)
+
+
 def with_random_parameters(model: torch.nn.Module) -> torch.nn.Module:
   """New biases are 0 and new scales 1: nothing would notice a swap."""
   torch.manual_seed(0)
