@@ -164,7 +164,7 @@ def _stages(prefix: str, stream: Sequence[jax.Array], tokens: jax.Array) -> dict
 def run_torch(case: Case, inputs: Inputs, setting: Setting) -> Outcome:
   """One step of `torch_reference.train_step`, watched from outside."""
   student, seen = torch_student(case), {}
-  keep = lambda name, tensor: seen.update({name: np.array(tensor.detach().float().cpu())})  # noqa: E731
+  keep = lambda name, tensor: seen.update({name: tensor.detach().float().cpu().numpy().copy()})  # noqa: E731
   _watch_tower("student", student, student.blocks, keep)
   for name, parameter in student.named_parameters():
     parameter.register_post_accumulate_grad_hook(lambda p, name=name: keep(f"gradient/{name}", p.grad))
