@@ -1,5 +1,6 @@
 """Picture of `compare`: how errors grow from the images through the blocks, and back."""
 
+import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from dtm_jax.figures import DPI, save_figure
 
 _FLOOR = 1e-10  # where an error of exactly zero is drawn
+# Of the vertical axis, so that mere rounding does not look like a cliff.
+_LEAST_TOP, _LEAST_DECADES = 1e-5, 3
+_ROUNDING = {"float32": 2.0**-23, "TF32": 2.0**-10, "bfloat16": 2.0**-7}  # distance of 1 to the next number
 _MARKERS = {"student": "o", "teacher": "s", "gradient": "o"}
 
 
@@ -34,8 +38,9 @@ def draw(path: pathlib.Path, comparisons: Mapping[str, Sequence[Mapping[str, Any
     _plot(backward, gradients(rows), title, "-", f"C{i}", _MARKERS["gradient"])
   forward.set(title="activations, forward", ylabel="largest error over largest value")
   backward.set(title="gradients of the student, worst tensor of each block")
+  span = _span([max(row["relative"], _FLOOR) for rows in comparisons.values() for row in rows if _is_drawn(row)])
   for panel in (forward, backward):
-    _finish(panel)
+    _finish(panel, span)
   save_figure(figure, path)
 
 
@@ -79,8 +84,25 @@ def _plot(panel: Axes, errors: Mapping[str, float], label: str, style: str, colo
     panel.plot(names, heights, style, color=color, marker=marker, markersize=4, linewidth=1.3, label=label)
 
 
-def _finish(panel: Axes) -> None:
+def _is_drawn(row: Mapping[str, Any]) -> bool:
+  return row["name"].startswith(("student/", "teacher/", "gradient/"))
+
+
+def _span(errors: Sequence[float]) -> tuple[float, float]:
+  """Whole decades around the errors."""
+  low, high = 10.0 ** math.floor(math.log10(min(errors))), 10.0 ** math.ceil(math.log10(max(errors)))
+  high = max(high, _LEAST_TOP)
+  return min(low, high / 10**_LEAST_DECADES), high
+
+
+def _finish(panel: Axes, span: tuple[float, float]) -> None:
   panel.set_yscale("log")
+  panel.set_ylim(span)
+  for name, epsilon in _ROUNDING.items():
+    if span[0] < epsilon < span[1]:
+      panel.axhline(epsilon, color="0.6", linewidth=0.8, linestyle=":")
+      at_left_edge = panel.get_yaxis_transform()
+      panel.text(0.005, epsilon * 1.1, f"rounding of {name}", transform=at_left_edge, fontsize=7, color="0.4")
   panel.yaxis.set_major_locator(LogLocator(numticks=12))
   panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
   panel.yaxis.set_minor_formatter(NullFormatter())
