@@ -9,6 +9,7 @@ Exit codes: 0 done, and within the tolerance; 1 beyond it; 2 wrong usage, files 
 
 import argparse
 import pathlib
+import signal
 import sys
 
 from dtm_jax import command_line, console
@@ -158,4 +159,5 @@ def _add_weights(command: argparse.ArgumentParser) -> None:
 
 if __name__ == "__main__":
   sys.unraisablehook = console.report_unraisable
+  signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # tables are piped to `head`
   sys.exit(main(sys.argv))
