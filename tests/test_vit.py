@@ -16,7 +16,7 @@ from dtm_jax.models.attention import (
   num_relative_positions,
   relative_position_bias,
 )
-from dtm_jax.models.layers import gelu, layer_norm, patchify
+from dtm_jax.models.layers import Dense, PatchEmbed, gelu, layer_norm, patchify
 from dtm_jax.models.variants import VARIANTS
 from dtm_jax.models.vit import ViT, truncated_normal
 
@@ -219,3 +219,16 @@ def test_patchify_keeps_patches_whole_and_in_row_major_order():
 def test_truncated_normal_is_cut_at_one_std():
   values = truncated_normal()(jax.random.key(0), (100_000,))
   assert 0.0199 < np.abs(values).max() <= 0.02
+
+
+@pytest.mark.parametrize(
+  ("layer", "shape"),
+  [(Dense(8, dtype=jnp.bfloat16), (64, 64, 4)), (PatchEmbed(8, 2, dtype=jnp.bfloat16), (64, 16, 16, 3))],
+)
+def test_bias_gradients_are_summed_in_float32(layer, shape):
+  x = jax.random.normal(jax.random.key(0), shape)
+  output, vjp = jax.vjp(layer.apply, layer.init(jax.random.key(1), x), x)
+  # Mostly cancels, as gradients do: a sum in bfloat16 is 3e-2 off.
+  cotangent = jax.random.normal(jax.random.key(2), output.shape, output.dtype)
+  expected = np.asarray(cotangent, np.float64).reshape(-1, 8).sum(axis=0)
+  np.testing.assert_allclose(vjp(cotangent)[0]["params"]["bias"], expected, rtol=1e-5)

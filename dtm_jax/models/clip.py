@@ -139,6 +139,6 @@ class ClipVision(nn.Module):
     class_embedding = self.param("class_embedding", init, (self.width,))
     positions = self.param("pos_embed", init, (1 + math.prod(self.grid), self.width))
     grid = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
-    tokens = patches.astype(jnp.float32) + resize_positions(positions[1:], self.grid, grid)
+    tokens = patches + resize_positions(positions[1:], self.grid, grid)
     first = jnp.broadcast_to(class_embedding + positions[0], (len(images), 1, self.width))
     return jnp.concatenate([first, tokens], axis=1)

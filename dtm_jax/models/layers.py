@@ -61,16 +61,27 @@ class LayerNorm(nn.Module):
     return layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
 
 
-class Dense(nn.Dense):
-  """`nn.Dense` on [..., D] flattened to rows: one plain matrix product forward and two backward."""
+class Dense(nn.Module):
+  """`nn.Dense`'s parameters on [..., D] flattened to rows: one plain matrix product forward and two backward."""
 
+  features: int
+  use_bias: bool = True
+  dtype: jnp.dtype = jnp.float32
+  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+  @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    rows = super().__call__(x.reshape(-1, x.shape[-1]))
+    width = x.shape[-1]
+    kernel = self.param("kernel", self.kernel_init, (width, self.features))
+    rows = x.reshape(-1, width).astype(self.dtype) @ kernel.astype(self.dtype)
+    if self.use_bias:
+      # Added in float32, so that its gradient, a sum over all rows, is in float32, too.
+      rows = (rows + self.param("bias", nn.initializers.zeros, (self.features,))).astype(self.dtype)
     return rows.reshape(*x.shape[:-1], self.features)
 
 
 class PatchEmbed(nn.Module):
-  """A convolution of kernel and stride p, as one matrix product. [B, H, W, 3] -> [B, N, D]."""
+  """A convolution of kernel and stride p, as one matrix product. [B, H, W, 3] -> float32 [B, N, D]."""
 
   width: int
   patch_size: int
@@ -83,8 +94,9 @@ class PatchEmbed(nn.Module):
     p = self.patch_size
     kernel = self.param("kernel", self.kernel_init, (p, p, images.shape[-1], self.width))
     tokens = patchify(images, p).astype(self.dtype) @ kernel.reshape(-1, self.width).astype(self.dtype)
+    tokens = tokens.astype(jnp.float32)
     if self.use_bias:
-      tokens += self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)
+      tokens += self.param("bias", nn.initializers.zeros, (self.width,))
     return tokens
 
 

@@ -134,7 +134,7 @@ class Backbone(nn.Module):
 
   def _embed(self, images, mask=None, mask_token=None):
     """Class token, then patches, masked ones replaced by the mask token."""
-    x = self.patch_embed(images).astype(jnp.float32)
+    x = self.patch_embed(images)
     if mask is not None:
       x = jnp.where(mask[..., None], mask_token, x)
     x = jnp.concatenate([jnp.broadcast_to(self.cls_token, (x.shape[0], 1, self.width)), x], axis=1)
