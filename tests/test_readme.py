@@ -45,8 +45,8 @@ def test_python_examples_run(text):
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
-  """What a user has, in small: a folder of images, Fashion-MNIST's files, a folder for data sets."""
-  images, idx, data = (tmp_path_factory.mktemp(name) for name in ("images", "idx", "data"))
+  """What a user has, in small: images, Fashion-MNIST's files, weights; and folders for what commands write."""
+  images, idx, data, runs = (tmp_path_factory.mktemp(name) for name in ("images", "idx", "data", "runs"))
   rng = np.random.default_rng(0)
   for i in range(24):
     folder = images / f"class_{i % 2}"
@@ -57,7 +57,9 @@ def stand_ins(tmp_path_factory):
     for name, magic, array in (("images-idx3", 0x803, pixels), ("labels-idx1", 0x801, labels)):
       header = struct.pack(f">{1 + array.ndim}i", magic, *array.shape)
       (idx / f"{split}-{name}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
-  return {"IMAGES": str(images), "/usr/share/datasets/fashion-mnist": str(idx), "data": str(data)}
+  folders = {"IMAGES": str(images), "/usr/share/datasets/fashion-mnist": str(idx), "data": str(data)}
+  written = {f"runs/{name}": str(runs / name) for name in ("student.pth", "hf", "finetune.pth", "trace.npz", "compare")}
+  return folders | written | {"beit.pth": str(ROOT / "tests/golden/student_tiny.pth")}
 
 
 def in_small(arguments: list[str], stand_ins: dict[str, str], workdir: pathlib.Path) -> list[str]:
