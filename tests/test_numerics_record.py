@@ -9,6 +9,7 @@ import torch
 
 from dtm_jax.numerics import torch_models, torch_reference
 from dtm_jax.numerics.__main__ import main
+from dtm_jax.numerics.case import part_ties
 from dtm_jax.numerics.replay import Tolerances, describe, replay, summarize
 from dtm_jax.numerics.trace import read_trace
 
@@ -47,6 +48,7 @@ def test_a_recorded_config_is_repeated(capsys, tmp_path):
   assert trace["per_iteration"].shape == (2, 8, 1)
   assert len(np.unique(trace["per_iteration"])) > 2
   assert trace["target_tokens"].shape == (2, 8, 16, 27)
+  assert trace["target_tokens"].min() < 0  # histograms are not: this is the noise
   replay_words = re.search(r"replay it: python -m dtm_jax.numerics (.*)", printed)[1].split()
   measured_times_ten = ["--loss_rtol=2e-6", "--grad_norm_rtol=1e-6", "--param_atol=4.8e-6"]
   assert main(["numerics", *replay_words, *measured_times_ten]) == 0
@@ -86,6 +88,14 @@ def test_the_pasted_recorder_needs_numpy_and_torch_alone():
   code = code_after("recorder")
   assert re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE) == ["numpy", "torch"]
   assert len(code.splitlines()) < 35
+
+
+def test_noise_parts_what_ties_beyond_rounding():
+  tokens = np.tile(np.linspace(0, 1, 27, dtype=np.float32), (2, 16, 1)) * np.arange(1, 17)[:, None]
+  noisy = part_ties(tokens.astype(np.float32)).astype(np.float64)
+  unit = noisy / np.linalg.norm(noisy, axis=-1, keepdims=True)
+  scores = np.sort((unit @ unit.swapaxes(1, 2))[:, *np.tril_indices(16, -1)], axis=-1)
+  assert np.diff(scores).min() > 1e-6  # measured 6.6e-6; rounding is 1e-7
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ class Case:
 
     def targets(images):
       tokens = np.asarray(apply(self.parts.teacher_params, images))
-      return _part_ties(tokens) if ties else tokens
+      return part_ties(tokens) if ties else tokens
 
     return targets
 
@@ -129,7 +129,7 @@ def open_case(
   return Case(config, parts, student, params, tuple(_notes(asked, config)))
 
 
-def _part_ties(tokens: np.ndarray) -> np.ndarray:
+def part_ties(tokens: np.ndarray) -> np.ndarray:
   """Adds noise to tokens [B, N, D], the same to each image, in proportion to the longest of all."""
   noise = np.random.default_rng(0).normal(size=tokens.shape[1:]).astype(np.float32)
   noise *= _NOISE / np.linalg.norm(noise, axis=-1, keepdims=True)
