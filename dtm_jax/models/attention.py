@@ -42,11 +42,11 @@ def _matmul_attention(query, key, value, bias):
 
 
 def _cudnn_attention(query, key, value, bias):
-  length, heads = query.shape[1:3]
+  if bias is None:
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+  length = query.shape[1]
   padding = -length % _CUDNN_LENGTH_MULTIPLE
   query, key, value = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value))
-  if bias is None:
-    bias = jnp.zeros((1, heads, length, length))
   bias = jnp.pad(bias, ((0, 0), (0, 0), (0, padding), (0, padding))).astype(query.dtype)
   lengths = jnp.full((query.shape[0],), length, jnp.int32)
   attended = jax.nn.dot_product_attention(
