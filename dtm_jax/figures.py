@@ -3,7 +3,6 @@
 Figures are built from `matplotlib.figure.Figure`, without pyplot and its global state, and are replaced in one piece.
 """
 
-import contextlib
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dtm_jax.errors import InputError
+from dtm_jax.files import replacing
 
 DPI = 150
 _PANEL_INCHES = 1.9
@@ -167,15 +166,6 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-  """Writes beside `path`, then renames: a reader sees the old picture or the new one."""
-  path = pathlib.Path(path)
-  unfinished = path.with_name(f".{path.name}.tmp")
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
+  """Writes a PNG. Raises InputError where it cannot be written."""
+  with replacing(pathlib.Path(path)) as unfinished:
     figure.savefig(unfinished, format="png")
-    unfinished.replace(path)
-  except OSError as error:
-    raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error
-  finally:
-    with contextlib.suppress(OSError):
-      unfinished.unlink()

@@ -1,11 +1,9 @@
 """Our parameter trees -> foreign weights: the release's `.pth`, Hugging Face's folders. Whole or not at all."""
 
-import contextlib
 import json
 import os
 import pathlib
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from safetensors import SafetensorError
@@ -18,6 +16,7 @@ from dtm_jax.convert.reading import some_of
 from dtm_jax.convert.state_dict import WEIGHTS_FILES
 from dtm_jax.convert.torch_writer import write_torch
 from dtm_jax.errors import InputError
+from dtm_jax.files import replacing
 
 HUGGING_FACE_FILES = (WEIGHTS_FILES[0], "config.json")
 
@@ -54,7 +53,7 @@ def save_torch(path: str | os.PathLike, kind: str, params: Mapping) -> None:
     InputError: see `to_state_dict`; or it cannot be written.
   """
   state = to_state_dict(kind, params)
-  with _replacing(pathlib.Path(path)) as unfinished:
+  with replacing(pathlib.Path(path)) as unfinished:
     write_torch(unfinished, state if kind == "clip_vision" else {"model": state})
 
 
@@ -80,10 +79,13 @@ def save_hugging_face(folder: str | os.PathLike, kind: str, params: Mapping) -> 
   if not model[layouts.output_field(kind)]:  # without its head it is a `BeitModel`
     state = {name.removeprefix("beit."): array for name, array in state.items()}
   state = {name: array for name, array in state.items() if array.dtype == np.float32 and array.size}
-  with _replacing(pathlib.Path(folder)) as unfinished:
+  with replacing(pathlib.Path(folder)) as unfinished:
     unfinished.mkdir()
     weights, config = (unfinished / name for name in HUGGING_FACE_FILES)
-    save_file(state, weights, metadata={"format": "pt"})  # transformers refuses a file that does not say this
+    try:
+      save_file(state, weights, metadata={"format": "pt"})  # transformers refuses a file that does not say this
+    except SafetensorError as error:
+      raise OSError(error) from error
     config.write_text(json.dumps(hugging_face_config(kind, model), indent=2) + "\n")
 
 
@@ -123,30 +125,3 @@ def sizes_of(kind: str, params: Mapping) -> dict:
     return layouts.model_sizes(kind, sum(name.startswith("block_") for name in params), shape)
   except InputError as error:
     raise InputError(f"parameters that no layout of a {kind} has a place for: {error}") from error
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A name beside `path` for a file or folder that takes its place once it is whole."""
-  unfinished = path.with_name(f".{path.name}.tmp")
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove(unfinished)
-    yield unfinished
-    if unfinished.is_dir() and path.is_dir():
-      for file in unfinished.iterdir():
-        file.replace(path / file.name)
-    else:
-      unfinished.replace(path)
-  except (OSError, SafetensorError) as error:
-    raise InputError(f"cannot write {path} ({error}); make room or choose another place") from error
-  finally:
-    with contextlib.suppress(OSError):  # what went wrong is told already
-      _remove(unfinished)
-
-
-def _remove(path: pathlib.Path) -> None:
-  if path.is_dir():
-    shutil.rmtree(path)
-  else:
-    path.unlink(missing_ok=True)

@@ -26,8 +26,7 @@ def main(argv: list[str]) -> int:
     options, rest = _parser().parse_known_args(argv[1:])
     return options.run(options, [argv[0], *rest])
   except InputError as error:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return EXIT_INPUT
+    return console.fail(error, EXIT_INPUT)
 
 
 def _replay(options: argparse.Namespace, rest: list[str]) -> int:
@@ -94,16 +93,9 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
   return 0
 
 
-class _Parser(argparse.ArgumentParser):
-  """Wrong usage is an `InputError` like any other."""
-
-  def error(self, message: str):
-    raise InputError(f"{message}; --help shows the usage")
-
-
 def _parser() -> argparse.ArgumentParser:
   layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-  parser = _Parser(prog="python -m dtm_jax.numerics", description=__doc__, **layout)
+  parser = console.ArgumentParser(prog="python -m dtm_jax.numerics", description=__doc__, **layout)
   commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
   def add(name: str, run, text: str, epilog: str = "") -> argparse.ArgumentParser:

@@ -1,17 +1,16 @@
 """What the commands print and write: aligned tables, whole files, and where a figure comes from."""
 
-import contextlib
 import importlib.metadata
 import json
 import pathlib
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from dtm_jax import __version__
-from dtm_jax.errors import InputError
+from dtm_jax.files import replacing
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
@@ -49,25 +48,6 @@ def environment() -> dict[str, Any]:
     "versions": {"dtm_jax": __version__, "python": platform.python_version()}
     | {name: importlib.metadata.version(name) for name in _PACKAGES},
   }
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives a name beside `path` to write to; what was written there takes the place of `path` at the end.
-
-  Raises:
-    InputError: it cannot be written.
-  """
-  unfinished = path.with_name(f".{path.name}.tmp")
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    yield unfinished
-    unfinished.replace(path)
-  except OSError as error:
-    raise InputError(f"cannot write {path} ({error.strerror}); make room or choose another place") from error
-  finally:
-    with contextlib.suppress(OSError):
-      unfinished.unlink()
 
 
 def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:

@@ -12,8 +12,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from dtm_jax.errors import InputError
+from dtm_jax.files import replacing
 from dtm_jax.losses import DISTANCES
-from dtm_jax.numerics.report import replacing
 
 FINAL = "final/"  # before the name of each parameter after the last step
 _MAX_EXPANSION = 200  # bytes in memory over bytes on disk; beyond it the file is no trace but a zip bomb
