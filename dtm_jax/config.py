@@ -20,12 +20,15 @@ from dtm_jax.errors import InputError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-SOURCES = ("digits", "tfds", "folder", "synthetic")
+TASKS = ("pretrain", "evaluate")
+OF_CHECKPOINT = "checkpoint"  # as a source: the data that the evaluated run was trained on
+SOURCES = ("digits", "tfds", "folder", "synthetic", OF_CHECKPOINT)
 TEACHERS = ("clip", "checkpoint", "hog", "pixels")
 VARIANTS = ("tiny", "S", "B", "L")
 DISTANCES = ("smooth_l1", "l1", "l2", "negative_cosine")
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("matmul", "xla", "cudnn")
+LINEAR_SOLVERS = ("lbfgs", "sgd", "lars")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -229,19 +232,38 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-  """k-NN on frozen features and pictures, before and after training."""
+  """What frozen features are worth: k-NN and pictures of a training run, and all of task "evaluate"."""
 
   knn: bool = True
   knn_k: int = 20
   knn_temperature: float = 0.07
-  max_train_images: int = 50_000
-  max_test_images: int = 10_000
+  max_train_images: int | None = 50_000  # None is all
+  max_test_images: int | None = 10_000
   batch_size: int = 256
   figure_images: int = 4  # rows of figures/morphing.png; 0 draws none
+  # Of task "evaluate" only.
+  checkpoint: str = ""  # a work folder, a weights file, or a Hugging Face model folder
+  linear: bool = True  # linear probe
+  linear_solver: str = "lbfgs"  # "sgd" and "lars" sweep learning rates
+  linear_epochs: int = 30  # of "sgd" and "lars"
+  linear_batch_size: int = 1024  # of "sgd" and "lars"
+  fewshot: tuple[int, ...] = (1, 5, 10)  # training images per class; () is no few-shot
+  fewshot_seeds: int = 5  # draws of these images
+  save_features: bool = False  # features_train.npz and features_test.npz
 
   def __post_init__(self):
     _require_positive("eval", self, "knn_k", "knn_temperature", "max_train_images", "max_test_images", "batch_size")
+    _require_positive("eval", self, "linear_epochs", "linear_batch_size", "fewshot_seeds")
     _require(self.figure_images >= 0, f"config.eval.figure_images={self.figure_images} must not be negative")
+    _require_choice("eval.linear_solver", self.linear_solver, LINEAR_SOLVERS)
+    _require(
+      all(number > 0 for number in self.fewshot) and len({*self.fewshot}) == len(self.fewshot),
+      f"config.eval.fewshot={self.fewshot} must be different positive numbers of images",
+    )
+
+  @property
+  def needs_labels(self) -> bool:
+    return self.knn or self.linear or bool(self.fewshot)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +281,23 @@ class Config:
   eval: EvalConfig = EvalConfig()
 
   def __post_init__(self):
-    _require_choice("task", self.task, ("pretrain",))
+    _require_choice("task", self.task, TASKS)
+    if self.task == "evaluate":  # the checkpoint says what the model is
+      self._check_evaluation()
+    else:
+      self._check_training()
+
+  def _check_evaluation(self) -> None:
+    _require(
+      self.eval.needs_labels or self.eval.save_features,
+      "nothing to evaluate: set one of config.eval.knn, linear, fewshot and save_features",
+    )
+
+  def _check_training(self) -> None:
+    _require(
+      self.data.source != OF_CHECKPOINT,
+      f"config.data.source={OF_CHECKPOINT!r} is for config.task='evaluate'; choose one of {', '.join(SOURCES[:-1])}",
+    )
     size, patch, batch = self.data.image_size, self.model.patch_size, self.data.batch_size
     _require(
       size % patch == 0,
@@ -377,8 +415,10 @@ def _resolve_value(value: object, annotation: object, path: str):
     _require(isinstance(value, config_dict.ConfigDict), f"{path} is a section, not {value!r}")
     return _resolve_section(value, annotation, path)
   if typing.get_origin(annotation) is tuple:
-    element, length = typing.get_args(annotation)[0], len(typing.get_args(annotation))
-    _require(isinstance(value, (tuple, list)) and len(value) == length, f"{path}={value!r} must have {length} elements")
+    element, *rest = typing.get_args(annotation)
+    _require(isinstance(value, (tuple, list)), f"{path}={value!r} must be a tuple")
+    length = len(value) if rest == [...] else 1 + len(rest)
+    _require(len(value) == length, f"{path}={value!r} must have {length} elements")
     return tuple(_resolve_value(v, element, path) for v in value)
   optional_type = _optional_type(annotation)
   if optional_type is not None:
@@ -397,24 +437,39 @@ def to_json(config: Config) -> dict[str, Any]:
 
 
 def from_json(record: dict[str, Any]) -> Config:
-  """`to_json`'s inverse; entries that are not sections are left out."""
-  sections = {field.name: record[field.name] for field in dataclasses.fields(Config) if field.name in record}
+  """`to_json`'s inverse; entries that are not sections are left out.
+
+  A setting that the record lacks is newer than the run: its default is what the run did.
+  """
+  sections = to_json(Config())
+  for name in sections.keys() & record.keys():
+    sections[name] = sections[name] | record[name] if isinstance(record[name], dict) else record[name]
   return resolve(config_dict.ConfigDict(sections))
 
 
 # What a resumed run may change: how fast, how long, where and how closely watched. (Another length bends the rest of
-# the learning rate's cosine. The images and weights behind a path have to be the same: `experiment` checks them.)
+# the learning rate's cosine. The images and weights behind a path have to be the same: `experiment` and `evaluation`
+# check them.)
 _FREE_SETTINGS = (
   *("run.steps", "run.epochs", "run.log_every_steps", "run.checkpoint_every_steps", "run.keep_checkpoints"),
-  *("run.on_nonfinite", "data.path", "data.num_workers", "data.max_bad_fraction", "teacher.weights"),
-  *("model.attention", "model.scan_layers", "model.remat", "mesh.", "eval."),
+  *("run.on_nonfinite", "data.path", "data.num_workers", "data.max_bad_fraction"),
+  *("model.attention", "model.scan_layers", "model.remat", "mesh."),
 )
+_FREE_SETTINGS_OF = {
+  "pretrain": (*_FREE_SETTINGS, "teacher.weights", "eval."),
+  # The checkpoint's parameters are checked; how they came to be does not matter.
+  "evaluate": (
+    *(*_FREE_SETTINGS, "teacher.", "morphing.", "optim."),
+    *("eval.checkpoint", "eval.batch_size", "eval.figure_images"),
+  ),
+}
 
 
 def settings_that_differ(config: Config, other: Config) -> list[str]:
   """Names of the settings that make `other` another run than `config`."""
+  free = _FREE_SETTINGS_OF[other.task]
   pairs = zip(_flatten(to_json(config)), _flatten(to_json(other)), strict=True)
-  return [f"config.{name}" for (name, old), (_, new) in pairs if old != new and not name.startswith(_FREE_SETTINGS)]
+  return [f"config.{name}" for (name, old), (_, new) in pairs if old != new and not name.startswith(free)]
 
 
 def _flatten(sections: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -3,14 +3,10 @@
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
-import json
-import os
 import pathlib
-import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,16 +14,17 @@ import optax
 from absl import logging
 from jax.sharding import Mesh
 
-from dtm_jax import __version__, figures, loop, metrics, sharding
+from dtm_jax import figures, loop, metrics, sharding
+from dtm_jax import workdir as workdirs
 from dtm_jax.axes import Stream
 from dtm_jax.checkpoint import FOLDER as CHECKPOINT_FOLDER
 from dtm_jax.checkpoint import CheckpointStore
-from dtm_jax.config import Config, DataConfig, from_json, settings_that_differ, to_json
-from dtm_jax.data.pipeline import BadImageMonitor, eval_batches, train_batches
+from dtm_jax.config import Config, DataConfig, from_json, to_json
+from dtm_jax.data.pipeline import BadImageMonitor, Batch, eval_batches, train_batches
 from dtm_jax.data.sources import Source, open_source
 from dtm_jax.data.transforms import RESAMPLER
 from dtm_jax.errors import InputError
-from dtm_jax.evaluate.features import extract_features
+from dtm_jax.evaluate.features import FeatureExtractor
 from dtm_jax.evaluate.knn import knn_accuracy
 from dtm_jax.evaluate.steps import make_feature_fn, make_label_fn
 from dtm_jax.models.variants import VARIANTS
@@ -36,10 +33,7 @@ from dtm_jax.optim import Schedule, create_optimizer, warmup_cosine
 from dtm_jax.steps.pretrain import draw_schedules, make_train_step
 from dtm_jax.teachers import Teacher, create_teacher
 from dtm_jax.train_state import TrainState, create_train_state, params_sha256, stream_key
-
-CONFIG_FILE = "config.json"
-SUMMARY_FILE = "summary.json"
-_REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+from dtm_jax.workdir import CONFIG_FILE, SUMMARY_FILE, read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,24 +135,43 @@ def init_params(config: Config, student: ViT) -> Any:
   return student.init(stream_key(config.run.seed, Stream.INIT, 0), images, mask)["params"]
 
 
+class Restored(NamedTuple):
+  """What a work folder's newest checkpoint holds, and the settings that it was made with."""
+
+  config: Config
+  step: int
+  student: ViT
+  params: Any  # numpy
+
+
 def restore_student(workdir: pathlib.Path) -> tuple[ViT, Any, DataConfig]:
   """The student of a work folder's newest checkpoint, its parameters as numpy arrays, and the data it was trained on.
 
   Raises:
     InputError: the folder is not that of a run, or has no checkpoint.
   """
-  record = _read_json(workdir / CONFIG_FILE)
+  restored = restore_run(workdir)
+  return restored.student, restored.params, restored.config.data
+
+
+def restore_run(workdir: pathlib.Path) -> Restored:
+  """Reads the newest checkpoint of a work folder, whatever devices it was saved on.
+
+  Raises:
+    InputError: the folder is not that of a run, or has no checkpoint.
+  """
+  record = read_json(workdir / CONFIG_FILE)
   steps = [path.name for path in (workdir / CHECKPOINT_FOLDER).glob("*") if path.name.isdigit()]
   if record is None or not steps:
     raise InputError(f"{workdir} holds no checkpoint of a run; name its work folder, or a weights file")
   config = from_json(record)
   student = create_student(config, record["target_dim"])
   optimizer = create_optimizer(config.optim, lambda step: 0.0)
-  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # whatever devices it was saved on
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   like = _abstract(lambda: create_train_state(init_params(config, student), optimizer), here)
   with contextlib.closing(CheckpointStore(workdir)) as store:
     state = store.restore(store.latest_step(), like)
-  return student, jax.tree.map(np.asarray, state.params), config.data
+  return Restored(config, int(state.step), student, jax.tree.map(np.asarray, state.params))
 
 
 def _abstract(create: Callable[[], TrainState], where: jax.sharding.Sharding) -> TrainState:
@@ -183,18 +196,19 @@ def run(config: Config, workdir: pathlib.Path, command: str, stop_requested: Cal
     loop.NonFiniteError: the loss was not finite.
   """
   start = time.perf_counter()
-  record = _prepare_workdir(workdir, config)
+  workdirs.create(workdir)
+  record = workdirs.read_record(workdir, config)
   if record is not None and _is_complete(workdir, config.total_steps(record["train_images"])):
     logging.info("%s is complete; its results are in %s", workdir, workdir / SUMMARY_FILE)
     return True
   parts = build(config)
   new_record = _new_record(parts, command)
   if record is not None:
-    _check_same_inputs(record, new_record, workdir)
+    workdirs.check_same_inputs(workdir, record, new_record, ("teacher_sha256", "train_images", "resampler"))
   store = CheckpointStore(workdir, keep=config.run.keep_checkpoints)
   with contextlib.closing(store), contextlib.closing(metrics.MetricWriter(workdir)) as writer:
     state = _restore_or_create(parts, store)
-    _write_json(workdir / CONFIG_FILE, new_record)
+    write_json(workdir / CONFIG_FILE, new_record)
     if int(state.step) == 0 and config.eval.knn:
       _evaluate(parts, state, writer)
     state = _train(parts, state, store, writer, stop_requested)
@@ -206,7 +220,7 @@ def run(config: Config, workdir: pathlib.Path, command: str, stop_requested: Cal
       _evaluate(parts, state, writer)
     _draw(parts, workdir, writer)
     summary = _summary(parts, state, writer) | {"seconds": round(time.perf_counter() - start, 1)}
-  _write_json(workdir / SUMMARY_FILE, summary)
+  write_json(workdir / SUMMARY_FILE, summary)
   _log_summary(workdir, summary)
   return True
 
@@ -240,13 +254,13 @@ def _train(parts: Parts, state: TrainState, store: CheckpointStore, writer: metr
     process_count=jax.process_count(),
   )
   with contextlib.closing(batches):
-    return training.run(state, _watch(batches, monitor, lambda batch: batch["bad"]))
+    return training.run(state, _watch(batches, monitor))
 
 
-def _watch(batches: Iterable, monitor: BadImageMonitor, bad_indices: Callable) -> Iterator:
+def _watch(batches: Iterator[Batch], monitor: BadImageMonitor) -> Iterator[Batch]:
   """The same batches, with their unreadable images noted."""
   for batch in batches:
-    monitor.observe(bad_indices(batch))
+    monitor.observe(batch["bad"])
     yield batch
 
 
@@ -273,21 +287,15 @@ def _evaluate(parts: Parts, state: TrainState, writer: metrics.MetricWriter) -> 
   if num_classes is None:
     logging.warning("no k-NN: the images have no classes (config.eval.knn=False says so)")
     return
-  split = sharding.batch_sharding(parts.mesh)
-  feature_fn = jax.jit(make_feature_fn(config, parts.student), in_shardings=(sharding.replicated(parts.mesh), split))
-
-  def features(source: Source, limit: int):
-    monitor = BadImageMonitor(source, config.data.max_bad_fraction)
-    with contextlib.closing(eval_batches(config, source, config.eval.batch_size, limit=limit)) as batches:
-      watched = _watch(batches, monitor, lambda batch: batch["index"][~batch["valid"]])
-      return extract_features(lambda images: feature_fn(state.params, sharding.to_global(images, split)), watched)
-
-  train, test = (
-    features(parts.train_source, config.eval.max_train_images),
-    features(parts.eval_source, config.eval.max_test_images),
-  )
+  extract = FeatureExtractor(config, parts.mesh, make_feature_fn(config, parts.student), state.params)
+  train = extract(parts.train_source, config.eval.max_train_images)
+  test = extract(parts.eval_source, config.eval.max_test_images)
   accuracy = knn_accuracy(
-    *train, *test, k=config.eval.knn_k, temperature=config.eval.knn_temperature, num_classes=num_classes
+    *(*train, *test),
+    k=config.eval.knn_k,
+    temperature=config.eval.knn_temperature,
+    num_classes=num_classes,
+    mesh=parts.mesh,
   )
   step = int(state.step)
   writer.write(step, {"knn_top1": accuracy})
@@ -338,29 +346,10 @@ def _short(value: Any) -> str:
   return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _prepare_workdir(workdir: pathlib.Path, config: Config) -> dict[str, Any] | None:
-  """Makes the folder; returns the record of the run that is already there, checked against this one."""
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise InputError(f"cannot make --workdir={workdir} ({error.strerror}); choose another") from error
-  if not os.access(workdir, os.W_OK):
-    raise InputError(f"no permission to write to --workdir={workdir}; choose another")
-  record = _read_json(workdir / CONFIG_FILE)
-  if record is not None and (names := settings_that_differ(from_json(record), config)):
-    raise InputError(
-      f"--workdir={workdir} holds another run: {', '.join(names)} differ; use its settings or another --workdir"
-    )
-  return record
-
-
 def _new_record(parts: Parts, command: str) -> dict[str, Any]:
-  versions = {name: importlib.metadata.version(name) for name in _REPORTED_PACKAGES}
-  device = jax.devices()[0]
-  return to_json(parts.config) | {
-    "command": command,
-    "versions": {"dtm_jax": __version__, "python": platform.python_version(), **versions},
-    "devices": f"{jax.device_count()} x {device.device_kind}",
+  return {
+    **to_json(parts.config),
+    **workdirs.circumstances(command),
     "target_dim": parts.teacher.out_dim,
     "teacher_sha256": _teacher_sha256(parts),
     "train_images": len(parts.train_source),
@@ -377,34 +366,6 @@ def _teacher_sha256(parts: Parts) -> str:
   return params_sha256(parts.teacher_params)
 
 
-def _check_same_inputs(old: dict[str, Any], new: dict[str, Any], workdir: pathlib.Path) -> None:
-  """Raises InputError where what lies behind paths and packages has changed, so that the run would not be the same."""
-  for name in ("teacher_sha256", "train_images", "resampler"):
-    if old[name] != new[name]:
-      raise InputError(
-        f"--workdir={workdir} was begun with {name}={old[name]!r}, and now it is {new[name]!r};"
-        " bring that back or use another --workdir"
-      )
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
-  try:
-    return json.loads(path.read_text()) if path.exists() else None
-  except (OSError, ValueError) as error:
-    raise InputError(f"{path} cannot be read ({error}); use another --workdir") from error
-
-
 def _is_complete(workdir: pathlib.Path, total_steps: int) -> bool:
-  summary = _read_json(workdir / SUMMARY_FILE)
+  summary = read_json(workdir / SUMMARY_FILE)
   return summary is not None and summary["steps"] >= total_steps
-
-
-def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-  """Whole or not at all."""
-  unfinished = path.with_name(f".{path.name}.tmp")
-  try:
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    unfinished.replace(path)
-  except OSError as error:
-    unfinished.unlink(missing_ok=True)
-    raise InputError(f"cannot write {path} ({error.strerror}); make room, then run the same command again") from error

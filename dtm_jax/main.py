@@ -42,13 +42,16 @@ def _run(settings: ConfigDict, workdir: pathlib.Path, command: str) -> int:
   # Not before the options are right: the backend takes seconds to start.
   import jax
 
-  from dtm_jax import config, experiment, loop
+  from dtm_jax import config, evaluation, experiment, loop
+
+  tasks = {"pretrain": experiment.run, "evaluate": evaluation.run}
 
   with _noted_signals() as stop:
     try:
       # float32 means float32, on TPUs and GPUs too; products of bfloat16 are not concerned.
       with jax.default_matmul_precision("float32"):
-        is_done = experiment.run(config.resolve(settings), workdir, command, stop.is_set)
+        resolved = config.resolve(settings)
+        is_done = tasks[resolved.task](resolved, workdir, command, stop.is_set)
     except loop.NonFiniteError as error:
       return console.fail(error, EXIT_NONFINITE)
   return 0 if is_done else EXIT_SIGNAL

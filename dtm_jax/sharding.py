@@ -35,9 +35,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def num_shards(mesh: Mesh) -> int:
+  """Into how many shares batches are split."""
+  return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def split_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+  """[n, ...] split over the batch axes, filled up with zeros to a multiple of the shares."""
+  padding = [(0, -len(rows) % num_shards(mesh))] + [(0, 0)] * (rows.ndim - 1)
+  return jax.device_put(np.pad(rows, padding), batch_sharding(mesh))
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, name: str) -> None:
   """Raises InputError where the devices cannot share the batch equally."""
-  shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+  shards = num_shards(mesh)
   if batch_size % shards:
     raise InputError(
       f"{name}={batch_size} is not divisible by {shards} devices;"

@@ -11,7 +11,8 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "dtm_jax"
 
 # A module imports from lower ranks, or from its own folder.
 RANKS = {
-  **dict.fromkeys(("errors", "axes"), -1),
+  **dict.fromkeys(("axes", "errors"), -2),
+  "files": -1,
   "config": 0,
   "data": 1,
   "models": 2,
@@ -23,11 +24,12 @@ RANKS = {
   "steps": 6,
   **dict.fromkeys(("checkpoint", "metrics"), 7),
   "loop": 8,
-  **dict.fromkeys(("evaluate", "figures"), 9),
+  **dict.fromkeys(("evaluate", "figures", "workdir"), 9),
   "experiment": 10,
   **dict.fromkeys(("command_line", "console"), 10),
-  **dict.fromkeys(("main", "numerics"), 11),
-  "__main__": 12,
+  **dict.fromkeys(("evaluation", "numerics"), 11),
+  "main": 12,
+  "__main__": 13,
 }
 # Entry points that hand over to what they start, and the lazy public names.
 FREE = {"__init__"}

@@ -5,8 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
+from dtm_jax import sharding
+from dtm_jax.axes import BATCH_AXES
 from dtm_jax.errors import InputError
+from dtm_jax.evaluate.features import check_labels
 
 # Neighbours are ranked by similarities, which must not be rounded to TF32 or bfloat16.
 _PRECISION = jax.lax.Precision.HIGHEST
@@ -22,11 +26,13 @@ def knn_accuracy(
   k: int,
   temperature: float,
   num_classes: int,
+  mesh: Mesh,
 ) -> float:
   """Share of test images whose class wins the vote of their k most similar training images.
 
   A neighbour at cosine similarity s votes with weight exp(s / temperature). Every pair is compared (no approximate
-  search); a tied vote goes to the smaller class.
+  search); a tied vote goes to the smaller class. Test images are split over the devices, each of which holds all
+  training features.
 
   Args:
     train_features: float [n, D], not necessarily normalised.
@@ -36,6 +42,7 @@ def knn_accuracy(
     k: number of neighbours, at most n.
     temperature: of the weights, positive; small ones make it a nearest-neighbour classifier.
     num_classes: number of classes.
+    mesh: devices.
 
   Returns:
     Accuracy in [0, 1].
@@ -43,31 +50,26 @@ def knn_accuracy(
   Raises:
     InputError: no test image, fewer training images than `k`, or an image without a class.
   """
-  _check("training", train_labels, num_classes, at_least=k)
-  _check("test", test_labels, num_classes, at_least=1)
+  for name, labels, needed in (("training", train_labels, k), ("test", test_labels, 1)):
+    if len(labels) < needed:
+      raise InputError(
+        f"k-NN has {len(labels)} {name} images and needs {needed}; add images or lower config.eval.knn_k"
+      )
+    check_labels(name, labels, num_classes)
+  replicated = sharding.replicated(mesh)
   predicted = _predict(
-    jnp.asarray(train_features, jnp.float32),
-    jnp.asarray(train_labels, jnp.int32),
-    jnp.asarray(test_features, jnp.float32),
+    jax.device_put(np.asarray(train_features, np.float32), replicated),
+    jax.device_put(np.asarray(train_labels, np.int32), replicated),
+    sharding.split_rows(np.asarray(test_features, np.float32), mesh),
     temperature,
     k=k,
     num_classes=num_classes,
+    mesh=mesh,
   )
-  return float(np.mean(np.asarray(predicted) == test_labels))
+  return float(np.mean(np.asarray(predicted)[: len(test_labels)] == test_labels))
 
 
-def _check(name: str, labels: np.ndarray, num_classes: int, *, at_least: int) -> None:
-  if len(labels) < at_least:
-    raise InputError(
-      f"k-NN has {len(labels)} {name} images and needs {at_least}; add images or lower config.eval.knn_k"
-    )
-  if labels.min() < 0 or labels.max() >= num_classes:
-    raise InputError(
-      f"k-NN found {name} labels outside 0..{num_classes - 1}; where images have no class, set config.eval.knn=False"
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("k", "num_classes"))
+@functools.partial(jax.jit, static_argnames=("k", "num_classes", "mesh"))
 def _predict(
   train_features: jax.Array,
   train_labels: jax.Array,
@@ -76,19 +78,25 @@ def _predict(
   *,
   k: int,
   num_classes: int,
+  mesh: Mesh,
 ) -> jax.Array:
-  """Class of each test image, int32 [m]."""
-  train_features = _normalize(train_features)
+  """Class of each test image, int32 [m]; m is a multiple of the devices."""
 
-  def predict(feature):
-    similarity, neighbour = jax.lax.top_k(jnp.matmul(train_features, feature, precision=_PRECISION), k)
-    # Relative to the nearest one: the same vote, and no overflow at low temperatures.
-    weights = jnp.exp((similarity - similarity[0]) / temperature)
-    votes = weights[:, None] * jax.nn.one_hot(train_labels[neighbour], num_classes)
-    return votes.sum(axis=0).argmax().astype(jnp.int32)
+  def predict_share(train_features, train_labels, test_features, temperature):
+    def predict(feature):
+      similarity, neighbour = jax.lax.top_k(jnp.matmul(train_features, feature, precision=_PRECISION), k)
+      # Relative to the nearest one: the same vote, and no overflow at low temperatures.
+      weights = jnp.exp((similarity - similarity[0]) / temperature)
+      votes = weights[:, None] * jax.nn.one_hot(train_labels[neighbour], num_classes)
+      return votes.sum(axis=0).argmax().astype(jnp.int32)
 
-  chunk = max(1, min(len(test_features), _SIMILARITIES_PER_CHUNK // len(train_features)))
-  return jax.lax.map(predict, _normalize(test_features), batch_size=chunk)
+    chunk = max(1, min(len(test_features), _SIMILARITIES_PER_CHUNK // len(train_features)))
+    return jax.lax.map(predict, test_features, batch_size=chunk)
+
+  everywhere, split = PartitionSpec(), PartitionSpec(BATCH_AXES)
+  specs = {"in_specs": (everywhere, everywhere, split, everywhere), "out_specs": split}
+  share = jax.shard_map(predict_share, mesh=mesh, **specs)
+  return share(_normalize(train_features), train_labels, _normalize(test_features), temperature)
 
 
 def _normalize(features: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Pure functions that evaluation jits: frozen features of the student, and the groups a teacher's tokens make."""
+"""Pure functions that evaluation jits: frozen features of a model, and the groups a teacher's tokens make."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,17 +8,29 @@ import jax.numpy as jnp
 
 from dtm_jax.augment import normalize, to_unit
 from dtm_jax.config import Config
-from dtm_jax.models.vit import ViT
+from dtm_jax.models.clip import ClipVision
+from dtm_jax.models.vit import Classifier, ViT
 from dtm_jax.morphing import group_tokens, merges_per_iteration
 from dtm_jax.teachers import Teacher
 
 
-def make_feature_fn(config: Config, student: ViT) -> Callable[[Any, jax.Array], jax.Array]:
-  """`(params, images uint8 [B, S, S, 3]) -> float32 [B, D]`: the mean of the patch tokens after the final norm."""
+def make_feature_fn(config: Config, model: ViT | Classifier | ClipVision) -> Callable[[Any, jax.Array], jax.Array]:
+  """`(params, images uint8 [B, S, S, 3]) -> float32 [B, D]`: one vector per image.
+
+  Of a student the mean of its patch tokens after the final norm, of a classifier what its head is given, of CLIP its
+  image embedding.
+  """
+  match model:
+    case Classifier():
+      pool = lambda module, images: module.fc_norm(module.features(images)[:, 1:].mean(axis=1))  # noqa: E731
+    case ClipVision():
+      pool = lambda module, images: module(images)[1]  # noqa: E731
+    case _:
+      pool = lambda module, images: module.features(images)[:, 1:].mean(axis=1)  # noqa: E731
 
   def features(params, images):
     normal = normalize(images, config.data.mean, config.data.std)
-    return student.apply({"params": params}, normal, method="features")[:, 1:].mean(axis=1)
+    return model.apply({"params": params}, normal, method=pool).astype(jnp.float32)
 
   return features
 

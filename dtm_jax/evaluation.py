@@ -1,0 +1,313 @@
+"""Task "evaluate": the frozen features of a checkpoint, and what they are worth."""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from dtm_jax import metrics, sharding
+from dtm_jax import workdir as workdirs
+from dtm_jax.checkpoint import FOLDER as CHECKPOINT_FOLDER
+from dtm_jax.config import OF_CHECKPOINT, Config, to_json
+from dtm_jax.convert import read_weights
+from dtm_jax.data.sources import Source, open_source
+from dtm_jax.data.transforms import RESAMPLER
+from dtm_jax.errors import InputError
+from dtm_jax.evaluate import linear_probe
+from dtm_jax.evaluate.features import FeatureExtractor, Features, StoppedError, check_labels
+from dtm_jax.evaluate.knn import knn_accuracy
+from dtm_jax.evaluate.steps import make_feature_fn
+from dtm_jax.experiment import restore_run
+from dtm_jax.models.clip import ClipVision
+from dtm_jax.models.vit import Classifier, ViT
+from dtm_jax.train_state import params_sha256
+from dtm_jax.workdir import CONFIG_FILE, SUMMARY_FILE, write_json
+
+# Layer scale is only the initial value of parameters that a weights file has.
+_MODULES = {
+  "student": functools.partial(ViT, layer_scale=0.0),
+  "classifier": functools.partial(Classifier, layer_scale=0.0),
+  "clip_vision": ClipVision,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """A model to evaluate.
+
+  Attributes:
+    path: where it is from.
+    kind: "student", "classifier" or "clip_vision".
+    step: of training, or 0 for a weights file, which does not say.
+    model: the module.
+    params: its parameters, numpy.
+    config: of the run, or None for a weights file.
+  """
+
+  path: pathlib.Path
+  kind: str
+  step: int
+  model: nn.Module
+  params: Any
+  config: Config | None
+
+  @functools.cached_property
+  def sha256(self) -> str:
+    return params_sha256(self.params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """All that an evaluation is made of."""
+
+  config: Config
+  mesh: Mesh
+  checkpoint: Checkpoint
+  train_source: Source
+  test_source: Source
+  num_classes: int | None
+
+
+def build(config: Config) -> Parts:
+  """Reads the checkpoint and opens its data.
+
+  Raises:
+    InputError: any of them is missing or does not fit the others.
+  """
+  if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+    raise InputError("config.model.attention='cudnn' needs a GPU; choose 'xla' or 'matmul'")
+  mesh = sharding.create_mesh(config.mesh)
+  sharding.check_batch_size(config.eval.batch_size, mesh, "config.eval.batch_size")
+  checkpoint = read_checkpoint(config)
+  config = with_data_of(checkpoint, config)
+  train_source, test_source = (open_source(config.data, split) for split in ("train", "eval"))
+  num_classes = train_source.num_classes
+  if num_classes is None and config.eval.needs_labels:
+    raise InputError(
+      "the images have no classes; choose others, or only save features: config.eval.knn=False, linear=False,"
+      " fewshot=() and save_features=True"
+    )
+  return Parts(config, mesh, checkpoint, train_source, test_source, num_classes)
+
+
+def read_checkpoint(config: Config) -> Checkpoint:
+  """Reads `config.eval.checkpoint`: the newest checkpoint of a work folder, or weights.
+
+  Raises:
+    InputError: it is not given, not there, or no model.
+  """
+  if not config.eval.checkpoint:
+    raise InputError("give config.eval.checkpoint: the work folder of a run, or a weights file")
+  path = pathlib.Path(config.eval.checkpoint).expanduser()
+  if not path.exists():
+    raise InputError(f"config.eval.checkpoint={config.eval.checkpoint!r} does not exist; check the path")
+  if (path / CHECKPOINT_FOLDER).is_dir():
+    run = restore_run(path)
+    student = run.student.clone(attention=config.model.attention)
+    return Checkpoint(path, "student", run.step, student, run.params, run.config)
+  kind, sizes, params, _ = read_weights(path)
+  options = {"dtype": np.dtype(config.model.dtype), "attention": config.model.attention}
+  return Checkpoint(path, kind, 0, _MODULES[kind](**sizes, **options), params, None)
+
+
+def with_data_of(checkpoint: Checkpoint, config: Config) -> Config:
+  """The settings of the evaluation: the run's, where there is one, but for what the evaluation sets.
+
+  Of the data, what `config.data` sets to something else than its default goes before the run's. Where it names another
+  source, only the normalisation is the run's. The image size is always what the model is for.
+
+  Raises:
+    InputError: a weights file and no source, or a model for other than square images.
+  """
+  data, run = config.data, checkpoint.config
+  down, across = checkpoint.model.grid
+  if down != across:
+    raise InputError(f"{checkpoint.path} is for {down} x {across} patches; only models for square images are evaluated")
+  if run is None and data.source == OF_CHECKPOINT:
+    raise InputError(
+      f"{checkpoint.path} does not say on what data it was trained; name some: config.data.source=tfds, folder, ..."
+    )
+  if run is not None:
+    inherited = {f.name for f in dataclasses.fields(data)} if data.source == OF_CHECKPOINT else {"mean", "std"}
+    unset = {f.name for f in dataclasses.fields(data) if getattr(data, f.name) == f.default} | {"source"}
+    data = dataclasses.replace(data, **{name: getattr(run.data, name) for name in inherited & unset})
+  data = dataclasses.replace(data, image_size=down * checkpoint.model.patch_size)
+  whole = run or config
+  run_settings = dataclasses.replace(whole.run, seed=config.run.seed)
+  changes = {"task": config.task, "run": run_settings, "data": data, "mesh": config.mesh, "eval": config.eval}
+  return dataclasses.replace(whole, **changes)
+
+
+def run(config: Config, workdir: pathlib.Path, command: str, stop_requested: Callable[[], bool]) -> bool:
+  """Evaluates a checkpoint and writes the summary.
+
+  Args:
+    config: of the evaluation; has to agree with the work folder's, but for what does not change the outcome.
+    workdir: made where it is missing.
+    command: how the evaluation was started, for the record.
+    stop_requested: asked between batches and between results; True stops, and the same command begins again.
+
+  Returns:
+    True where the evaluation is complete, False where it was stopped before its end.
+
+  Raises:
+    InputError: something is wrong that the user can mend.
+  """
+  start = time.perf_counter()
+  parts = build(config)
+  new_record = _new_record(parts, command)
+  if _is_complete(workdir, parts.config, new_record):
+    logging.info("%s is complete; its results are in %s", workdir, workdir / SUMMARY_FILE)
+    return True
+  workdirs.create(workdir)
+  write_json(workdir / CONFIG_FILE, new_record)
+  try:
+    summary = _evaluate(parts, workdir, stop_requested)
+  except StoppedError:
+    logging.info("stopped; the same command begins again")
+    return False
+  summary |= {"seconds": round(time.perf_counter() - start, 1)}
+  write_json(workdir / SUMMARY_FILE, summary)
+  _log_summary(workdir, summary)
+  return True
+
+
+def _is_complete(workdir: pathlib.Path, config: Config, new_record: dict[str, Any]) -> bool:
+  """Raises InputError where the folder holds something else than this evaluation."""
+  record = workdirs.read_record(workdir, config)
+  if record is not None:
+    inputs = ("params_sha256", "train_images", "test_images", "resampler")
+    workdirs.check_same_inputs(workdir, record, new_record, inputs)
+  return record is not None and (workdir / SUMMARY_FILE).exists()
+
+
+def _new_record(parts: Parts, command: str) -> dict[str, Any]:
+  checkpoint = parts.checkpoint
+  return {
+    **to_json(parts.config),
+    **workdirs.circumstances(command),
+    "kind": checkpoint.kind,
+    "step": checkpoint.step,
+    "params_sha256": checkpoint.sha256,
+    "train_images": len(parts.train_source),
+    "test_images": len(parts.test_source),
+    "resampler": RESAMPLER,
+  }
+
+
+def _evaluate(parts: Parts, workdir: pathlib.Path, stop_requested: Callable[[], bool]) -> dict[str, Any]:
+  """The summary, but for the time; results are logged as they come."""
+  config, checkpoint = parts.config, parts.checkpoint
+  logging.info(
+    "evaluating the %s of %s on %s images of %d pixels, %d %s device(s)",
+    *(checkpoint.kind, checkpoint.path, config.data.source, config.data.image_size),
+    *(jax.device_count(), jax.default_backend()),
+  )
+  feature_fn = make_feature_fn(config, checkpoint.model)
+  extract = FeatureExtractor(config, parts.mesh, feature_fn, checkpoint.params, stop_requested)
+  train = extract(parts.train_source, config.eval.max_train_images, "training images")
+  test = extract(parts.test_source, config.eval.max_test_images, "test images")
+  if config.eval.save_features:
+    save_features(workdir / "features_train.npz", train)
+    save_features(workdir / "features_test.npz", test)
+  summary = {
+    "kind": checkpoint.kind,
+    "step": checkpoint.step,
+    "params_sha256": checkpoint.sha256,
+    "train_images": len(train.labels),
+    "test_images": len(test.labels),
+    "num_classes": parts.num_classes,
+    "width": train.features.shape[1],
+  }
+  with contextlib.closing(metrics.MetricWriter(workdir)) as writer:
+    for result in _results(config, train, test, parts.num_classes, parts.mesh):
+      values = {name: value for name, value in result.items() if isinstance(value, float)}
+      writer.write(checkpoint.step, values)
+      logging.info(", ".join(f"{name} {100 * value:.1f} %" for name, value in values.items()))
+      summary |= result
+      if stop_requested():
+        raise StoppedError
+  return summary
+
+
+def _results(config: Config, train: Features, test: Features, num_classes: int, mesh: Mesh) -> Iterator[dict[str, Any]]:
+  """Entries of the summary, for each of the asked."""
+  settings = config.eval
+  if settings.needs_labels:
+    check_labels("training", train.labels, num_classes)
+    check_labels("test", test.labels, num_classes)
+  if settings.knn:
+    options = {"k": settings.knn_k, "temperature": settings.knn_temperature, "num_classes": num_classes, "mesh": mesh}
+    yield {"knn_top1": knn_accuracy(*train, *test, **options)}
+  if settings.linear:
+    yield _linear(config, train, test, num_classes, mesh)
+  if settings.fewshot:
+    yield _few_shot(config, train, test, num_classes)
+
+
+def _linear(config: Config, train: Features, test: Features, num_classes: int, mesh: Mesh) -> dict[str, Any]:
+  solver, seed = config.eval.linear_solver, config.run.seed
+  if solver == "lbfgs":
+    candidates = linear_probe.INVERSE_STRENGTHS
+    fit = functools.partial(linear_probe.fit_lbfgs, num_classes=num_classes, mesh=mesh)
+  else:
+    candidates = linear_probe.LEARNING_RATES[solver]
+    fit = functools.partial(
+      linear_probe.fit_sgd,
+      num_classes=num_classes,
+      epochs=config.eval.linear_epochs,
+      batch_size=config.eval.linear_batch_size,
+      seed=seed,
+      lars=solver == "lars",
+    )
+  probe = linear_probe.linear_probe(train, test, fit, candidates, seed=seed)
+  if probe.chosen in (candidates[0], candidates[-1]):
+    logging.warning("the best %s of the linear probe, %g, is at an end of those tried", solver, probe.chosen)
+  return {"linear_top1": probe.top1, "linear": {"solver": solver, **probe._asdict()}}
+
+
+def _few_shot(config: Config, train: Features, test: Features, num_classes: int) -> dict[str, Any]:
+  """`fewshot_top1` is the mean at the largest number of images per class."""
+  smallest = np.bincount(train.labels, minlength=num_classes).min()
+  most = max(config.eval.fewshot)
+  if smallest < most:
+    logging.warning("few-shot: a class has %d training images; it gives all that it has", smallest)
+  seeds = range(config.run.seed, config.run.seed + config.eval.fewshot_seeds)
+  options = {"num_classes": num_classes, "seeds": seeds}
+  shots = {n: linear_probe.few_shot(train, test, per_class=n, **options) for n in config.eval.fewshot}
+  return {
+    "fewshot_top1": shots[most].mean,
+    **{f"fewshot_{n}_top1": shot.mean for n, shot in shots.items()},
+    "fewshot": {n: shot._asdict() for n, shot in shots.items()},
+  }
+
+
+def save_features(path: pathlib.Path, features: Features) -> None:
+  """`features` float32 [n, D] and `labels` int32 [n] in an `.npz` file, whole or not at all.
+
+  Raises:
+    InputError: it cannot be written.
+  """
+  unfinished = path.with_name(f".{path.name}")
+  try:
+    np.savez(unfinished, **features._asdict())
+    unfinished.replace(path)
+  except OSError as error:
+    unfinished.unlink(missing_ok=True)
+    raise InputError(f"cannot write {path} ({error.strerror}); make room, then run the same command again") from error
+
+
+def _log_summary(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
+  told = {name: f"{100 * value:.1f} %" for name, value in summary.items() if name.endswith("_top1")}
+  told |= {name: summary[name] for name in ("train_images", "test_images", "num_classes", "seconds")}
+  logging.info("done: %s", ", ".join(f"{name} {value}" for name, value in told.items()))
+  logging.info("see %s", workdir / SUMMARY_FILE)

@@ -1,0 +1,85 @@
+"""The work folder of a command: its record, its summary, and how they are written."""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+from typing import Any
+
+import jax
+
+from dtm_jax import __version__
+from dtm_jax.config import Config, from_json, settings_that_differ
+from dtm_jax.errors import InputError
+
+CONFIG_FILE = "config.json"
+SUMMARY_FILE = "summary.json"
+_REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def create(workdir: pathlib.Path) -> None:
+  """Makes the folder where it is missing.
+
+  Raises:
+    InputError: it cannot be made, or not written to.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise InputError(f"cannot make --workdir={workdir} ({error.strerror}); choose another") from error
+  if not os.access(workdir, os.W_OK):
+    raise InputError(f"no permission to write to --workdir={workdir}; choose another")
+
+
+def read_record(workdir: pathlib.Path, config: Config) -> dict[str, Any] | None:
+  """The record of the run that the folder holds, or None where it holds none.
+
+  Raises:
+    InputError: it is another run than `config`'s.
+  """
+  record = read_json(workdir / CONFIG_FILE)
+  if record is not None and (names := settings_that_differ(from_json(record), config)):
+    raise InputError(
+      f"--workdir={workdir} holds another run: {', '.join(names)} differ; use its settings or another --workdir"
+    )
+  return record
+
+
+def circumstances(command: str) -> dict[str, Any]:
+  """For the record: how the program was started, in which versions, on what devices."""
+  versions = {name: importlib.metadata.version(name) for name in _REPORTED_PACKAGES}
+  return {
+    "command": command,
+    "versions": {"dtm_jax": __version__, "python": platform.python_version(), **versions},
+    "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+  }
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any] | None:
+  """A record or summary, or None where it is not there. Raises InputError where it is damaged."""
+  try:
+    return json.loads(path.read_text()) if path.exists() else None
+  except (OSError, ValueError) as error:
+    raise InputError(f"{path} cannot be read ({error}); use another --workdir") from error
+
+
+def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+  """Whole or not at all. Raises InputError where it cannot be written."""
+  unfinished = path.with_name(f".{path.name}.tmp")
+  try:
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    unfinished.replace(path)
+  except OSError as error:
+    unfinished.unlink(missing_ok=True)
+    raise InputError(f"cannot write {path} ({error.strerror}); make room, then run the same command again") from error
+
+
+def check_same_inputs(workdir: pathlib.Path, old: dict[str, Any], new: dict[str, Any], names: tuple[str, ...]) -> None:
+  """Raises InputError where what lies behind paths and packages has changed, so that the run would not be the same."""
+  for name in names:
+    if old[name] != new[name]:
+      raise InputError(
+        f"--workdir={workdir} was begun with {name}={old[name]!r}, and now it is {new[name]!r};"
+        " bring that back or use another --workdir"
+      )
