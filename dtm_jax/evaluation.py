@@ -27,10 +27,11 @@ from dtm_jax.evaluate.features import FeatureExtractor, Features, StoppedError, 
 from dtm_jax.evaluate.knn import knn_accuracy
 from dtm_jax.evaluate.steps import make_feature_fn
 from dtm_jax.experiment import restore_run
+from dtm_jax.files import replacing
 from dtm_jax.models.clip import ClipVision
 from dtm_jax.models.vit import Classifier, ViT
 from dtm_jax.train_state import params_sha256
-from dtm_jax.workdir import CONFIG_FILE, SUMMARY_FILE, write_json
+from dtm_jax.workdir import CONFIG_FILE, RUN_AGAIN, SUMMARY_FILE, write_json
 
 # Layer scale is only the initial value of parameters that a weights file has.
 _MODULES = {
@@ -297,13 +298,8 @@ def save_features(path: pathlib.Path, features: Features) -> None:
   Raises:
     InputError: it cannot be written.
   """
-  unfinished = path.with_name(f".{path.name}")
-  try:
-    np.savez(unfinished, **features._asdict())
-    unfinished.replace(path)
-  except OSError as error:
-    unfinished.unlink(missing_ok=True)
-    raise InputError(f"cannot write {path} ({error.strerror}); make room, then run the same command again") from error
+  with replacing(path, RUN_AGAIN) as unfinished, unfinished.open("wb") as file:
+    np.savez(file, **features._asdict())
 
 
 def _log_summary(workdir: pathlib.Path, summary: dict[str, Any]) -> None:

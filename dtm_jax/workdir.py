@@ -12,9 +12,11 @@ import jax
 from dtm_jax import __version__
 from dtm_jax.config import Config, from_json, settings_that_differ
 from dtm_jax.errors import InputError
+from dtm_jax.files import replacing
 
 CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.json"
+RUN_AGAIN = "make room, then run the same command again"  # where a file cannot be written
 _REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -66,13 +68,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
   """Whole or not at all. Raises InputError where it cannot be written."""
-  unfinished = path.with_name(f".{path.name}.tmp")
-  try:
+  with replacing(path, RUN_AGAIN) as unfinished:
     unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    unfinished.replace(path)
-  except OSError as error:
-    unfinished.unlink(missing_ok=True)
-    raise InputError(f"cannot write {path} ({error.strerror}); make room, then run the same command again") from error
 
 
 def check_same_inputs(workdir: pathlib.Path, old: dict[str, Any], new: dict[str, Any], names: tuple[str, ...]) -> None:
