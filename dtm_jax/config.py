@@ -245,8 +245,8 @@ class EvalConfig:
   checkpoint: str = ""  # a work folder, a weights file, or a Hugging Face model folder
   linear: bool = True  # linear probe
   linear_solver: str = "lbfgs"  # "sgd" and "lars" sweep learning rates
-  linear_epochs: int = 30  # of "sgd" and "lars"
-  linear_batch_size: int = 1024  # of "sgd" and "lars"
+  linear_epochs: int = 90  # of "sgd" and "lars"
+  linear_batch_size: int = 256  # of "sgd" and "lars"
   fewshot: tuple[int, ...] = (1, 5, 10)  # training images per class; () is no few-shot
   fewshot_seeds: int = 5  # draws of these images
   save_features: bool = False  # features_train.npz and features_test.npz

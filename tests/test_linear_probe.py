@@ -50,7 +50,7 @@ def test_lbfgs_equals_sklearn():
 
 def test_one_device_and_eight_fit_alike():
   train, _ = digits()
-  one, eight = (linear_probe.fit_lbfgs(train, [1e-3], num_classes=CLASSES, mesh=mesh)[0] for mesh in (None, ALL))
+  one, eight = (next(linear_probe.fit_lbfgs(train, [1e-3], num_classes=CLASSES, mesh=mesh)) for mesh in (None, ALL))
   np.testing.assert_allclose(one.kernel, eight.kernel, atol=3e-6)  # 3.7e-7
   np.testing.assert_allclose(one.bias, eight.bias, atol=3e-6)
 
@@ -183,16 +183,24 @@ def test_few_shot_is_logistic_regression_of_these_images():
 
 
 def test_equal_candidates_are_told_apart_by_their_loss():
-  rows = Features(np.linspace(-1, 1, 40, dtype=np.float32)[:, None], np.repeat([0, 1], 20).astype(np.int32))
-  # All heads are right; a diverged one never is better.
-  heads = {1: 0.1, 2: 5.0, 3: 1.0, 4: np.nan}
+  rows = Features(np.zeros((40, 1), np.float32), np.zeros(40, np.int32))
+  # All are right (the class of NaNs is the first); one that has diverged is never better.
+  probe = linear_probe.linear_probe(rows, rows, biased, [0.1, 5.0, 1.0, np.nan], seed=0)
+  assert probe.chosen == 5.0
+  assert [*probe.held_out_top1.values()] == [1.0] * 4
 
-  def fit(data, candidates):
-    return [Head(jnp.array([[-heads[c], heads[c]]]), jnp.zeros(2)) for c in candidates]
 
-  probe = linear_probe.linear_probe(rows, rows, fit, list(heads), seed=0)
-  assert (probe.chosen, probe.top1) == (2, 1.0)
-  assert [probe.held_out_top1[c] for c in (1, 2, 3)] == [1.0] * 3
+def biased(data, candidates):
+  """Heads that say the first of two classes with such a logit."""
+  for c in candidates:
+    yield Head(jnp.zeros((1, 2)), jnp.array([c, 0.0]))
+
+
+def test_the_search_ends_where_it_gets_no_better():
+  rows = Features(np.zeros((40, 1), np.float32), np.zeros(40, np.int32))
+  probe = linear_probe.linear_probe(rows, rows, biased, [1.0, 0.0, 3.0, 2.0, 2.5, 4.0], seed=0)
+  assert [*probe.held_out_top1] == [1.0, 0.0, 3.0, 2.0, 2.5]  # one that is no better does not end it, two do
+  assert probe.chosen == 3.0
 
 
 def test_one_image_is_too_few():

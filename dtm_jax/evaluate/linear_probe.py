@@ -5,13 +5,14 @@ never on test images; the chosen one is then fitted to all of them.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 from jax.sharding import Mesh
 
 from dtm_jax import sharding
@@ -20,6 +21,7 @@ from dtm_jax.evaluate.features import Features
 
 _PRECISION = jax.lax.Precision.HIGHEST  # as in evaluate.knn
 _HELD_OUT = 10  # every tenth image, in random order
+_PATIENCE = 2  # candidates in a row that are no better end the search
 
 INVERSE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # C; for standardised features
 LEARNING_RATES = {
@@ -29,7 +31,7 @@ LEARNING_RATES = {
 _FEWSHOT_INVERSE_STRENGTH = 1.0  # scikit-learn's default
 
 _LBFGS_TOLERANCE = 1e-5  # of the largest gradient of the mean loss
-_LBFGS_MAX_ITERATIONS = 1000
+_LBFGS_MAX_ITERATIONS = 5000
 _MOMENTUM = 0.9
 _INIT_STD = 0.01
 
@@ -47,7 +49,7 @@ class Probe(NamedTuple):
   Attributes:
     top1: accuracy on the test images, in [0, 1].
     chosen: the candidate that did best on the held-out images.
-    held_out_top1: accuracy on these, by candidate.
+    held_out_top1: accuracy on these, by candidate that was tried.
   """
 
   top1: float
@@ -63,14 +65,15 @@ class Shots(NamedTuple):
   top1: list[float]
 
 
-# Features, candidates (strengths or learning rates) -> one head for each.
-Fit = Callable[[Features, Sequence[float]], list[Head]]
+# Features, candidates (strengths or learning rates) -> one head for each, perhaps made as it is asked for.
+Fit = Callable[[Features, Sequence[float]], Iterable[Head]]
 
 
 def linear_probe(train: Features, test: Features, fit: Fit, candidates: Sequence[float], *, seed: int) -> Probe:
   """Chooses on a held-out tenth of the training images, fits to all, and tests.
 
-  Features are standardised by the mean and the standard deviation of those that are fitted to.
+  Features are standardised by the mean and the standard deviation of those that are fitted to. The search ends where
+  two candidates in a row are no better than one before: the weakest regularisation takes the longest.
 
   Args:
     train: training images.
@@ -90,9 +93,12 @@ def linear_probe(train: Features, test: Features, fit: Fit, candidates: Sequence
   rest, held_out = (Features(*(array[rows] for array in train)) for rows in (~is_held_out, is_held_out))
   standardize = standardizer(rest.features)
   heads = fit(standardize(rest), candidates)
-  held_out = standardize(held_out)
-  scores = {c: (accuracy(head, held_out), -_loss(head, held_out)) for c, head in zip(candidates, heads, strict=True)}
-  chosen = max(scores, key=scores.__getitem__)
+  held_out, scores = standardize(held_out), {}
+  for candidate, head in zip(candidates, heads, strict=False):
+    scores[candidate] = accuracy(head, held_out), -_loss(head, held_out)
+    chosen = max(scores, key=scores.__getitem__)
+    if [*scores].index(chosen) + _PATIENCE < len(scores):
+      break
   standardize = standardizer(train.features)
   [head] = fit(standardize(train), [chosen])
   return Probe(accuracy(head, standardize(test)), chosen, {c: top1 for c, (top1, _) in scores.items()})
@@ -130,8 +136,7 @@ def standardizer(features: np.ndarray) -> Callable[[Features], Features]:
   """To mean 0 and standard deviation 1 of `features` [n, D]; a feature that does not vary becomes 0."""
   mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
   std = np.sqrt(np.square(features - mean).mean(axis=0, dtype=np.float64)).astype(np.float32)
-  varies = std > np.finfo(np.float32).eps * np.abs(mean)  # beyond rounding
-  scale = np.where(varies, 1 / np.where(varies, std, 1), 0)
+  scale = np.divide(1, std, out=np.zeros_like(std), where=std > 0)
   return lambda given: Features((given.features - mean) * scale, given.labels)
 
 
@@ -157,7 +162,7 @@ def _logits(head: Head, features: jax.Array) -> jax.Array:
 
 def fit_lbfgs(
   train: Features, inverse_strengths: Sequence[float], *, num_classes: int, mesh: Mesh | None = None
-) -> list[Head]:
+) -> Iterator[Head]:
   """Multinomial logistic regression, full batch, each C from where the one before ended.
 
   Minimises sum(cross-entropy) + |kernel|^2 / (2 C), as scikit-learn's LogisticRegression does: the bias is free.
@@ -173,18 +178,18 @@ def fit_lbfgs(
   if mesh is not None:
     rows = [sharding.split_rows(array, mesh) for array in rows]
     head = jax.device_put(head, sharding.replicated(mesh))
-  heads = []
   for inverse_strength in inverse_strengths:
-    head = _minimize(head, *rows, inverse_strength)
-    heads.append(head)
-  return heads
+    head, iterations = _minimize(head, *rows, inverse_strength)
+    if iterations == _LBFGS_MAX_ITERATIONS:
+      logging.warning("L-BFGS for C = %g was ended after %d iterations", inverse_strength, iterations)
+    yield head
 
 
 @jax.jit
 def _minimize(
   head: Head, features: jax.Array, labels: jax.Array, weights: jax.Array, inverse_strength: jax.Array
-) -> Head:
-  """Rows of weight 0 do not count."""
+) -> tuple[Head, jax.Array]:
+  """The head, and the number of iterations; rows of weight 0 do not count."""
 
   def objective(head):
     losses = optax.softmax_cross_entropy_with_integer_labels(_logits(head, features), labels)
@@ -206,8 +211,8 @@ def _minimize(
     is_far = optax.tree.norm(grad, ord=jnp.inf) > _LBFGS_TOLERANCE
     return (count == 0) | (is_far & (count < _LBFGS_MAX_ITERATIONS))
 
-  head, _ = jax.lax.while_loop(goes_on, step, (head, solver.init(head)))
-  return head
+  head, state = jax.lax.while_loop(goes_on, step, (head, solver.init(head)))
+  return head, optax.tree.get(state, "count")
 
 
 def fit_sgd(
