@@ -16,6 +16,7 @@ from dtm_jax import evaluation, experiment, main
 from dtm_jax.augment import normalize
 from dtm_jax.config import DataConfig
 from dtm_jax.convert import load_torch
+from dtm_jax.evaluate.linear_probe import LEARNING_RATES
 from dtm_jax.evaluate.steps import make_feature_fn
 from dtm_jax.models.vit import Classifier, ViT
 from dtm_jax.train_state import params_sha256
@@ -209,13 +210,22 @@ def test_a_record_of_an_earlier_version_is_read(run, tmp_path):
   ("name", "kind"),
   [("student_tiny", "student"), ("finetune_tiny", "classifier"), ("clip_vision_tiny", "clip_vision")],
 )
-def test_weights_files_on_named_data(tmp_path, name, kind, compile_cache):
+def test_weights_files_on_named_data(tmp_path, name, kind):
   data = {"data__source": "synthetic", "data__num_workers": 0}
   path = GOLDEN / f"{name}.pth"
   assert main.main(arguments(path, tmp_path, **data, **LIMITS, **only("knn"), eval__save_features=True)) == 0
   summary = runs.summary(tmp_path)
   assert (summary["kind"], summary["step"]) == (kind, 0)
   assert 0 < summary["knn_top1"] <= 1
+
+
+def test_a_sweep_of_learning_rates(run, tmp_path):
+  settings = {"eval__linear_solver": "lars", "eval__linear_epochs": 2, "eval__linear_batch_size": 16}
+  assert main.main(arguments(run, tmp_path, **LIMITS, **only("linear"), **settings)) == 0
+  summary = runs.summary(tmp_path)
+  assert summary["linear"]["solver"] == "lars"
+  assert {float(rate) for rate in summary["linear"]["held_out_top1"]} <= {*LEARNING_RATES["lars"]}
+  assert "knn_top1" not in summary and "fewshot_top1" not in summary
 
 
 def test_a_stop_is_between_batches_or_results(run, tmp_path):
@@ -233,7 +243,7 @@ def test_a_stop_is_between_batches_or_results(run, tmp_path):
   assert len(runs.rows(tmp_path)) == 1
 
 
-def test_a_classifier_gives_what_its_head_is_given(golden):
+def test_a_classifier_gives_what_its_head_is_given():
   """Its features times the head's kernel are its logits."""
   kind, sizes, params = load_torch(GOLDEN / "finetune_tiny.pth")
   model = Classifier(**sizes, layer_scale=0.0)

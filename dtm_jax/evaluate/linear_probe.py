@@ -26,7 +26,7 @@ _PATIENCE = 2  # candidates in a row that are no better end the search
 INVERSE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # C; for standardised features
 LEARNING_RATES = {
   "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0),
-  "lars": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+  "lars": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0),
 }
 _FEWSHOT_INVERSE_STRENGTH = 1.0  # scikit-learn's default
 
