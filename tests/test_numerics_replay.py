@@ -1,6 +1,7 @@
 """Recorded PyTorch runs replayed by the command, and traces that are refused."""
 
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -98,7 +99,9 @@ def test_exit_codes_of_the_process_without_pytorch(tmp_path):
   program = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('dtm_jax.numerics', run_name='__main__')"
 
   def start(*words):
-    return subprocess.run([sys.executable, "-c", program, *words], text=True, capture_output=True, cwd=tmp_path)
+    environment = os.environ | {"PYTHONPATH": str(GOLDEN.parents[1])}  # this checkout, installed or not
+    command = [sys.executable, "-c", program, *words]
+    return subprocess.run(command, text=True, capture_output=True, cwd=tmp_path, env=environment, check=False)
 
   final = np.load(GOLDEN / "finetune_trajectory.npz")["final/head.bias"] + 1e-3
   trace = write_changed(tmp_path / "off.npz", "finetune_trajectory", **{"final/head.bias": final})

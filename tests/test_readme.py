@@ -20,6 +20,7 @@ BLOCKS = re.findall(r"(<!-- ci: \w+ -->\n)?```(\w*)\n(.*?)```", README, flags=re
 SHELL_LINES = [
   line for marker, language, text in BLOCKS if language == "sh" and not marker for line in text.splitlines() if line
 ]
+_WRITTEN = ("student.pth", "hf", "finetune.pth", "trace.npz", "compare", "evaluate")
 PYTHON = [text for _, language, text in BLOCKS if language == "python"]
 
 
@@ -58,14 +59,16 @@ def stand_ins(tmp_path_factory):
       header = struct.pack(f">{1 + array.ndim}i", magic, *array.shape)
       (idx / f"{split}-{name}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
   folders = {"IMAGES": str(images), "/usr/share/datasets/fashion-mnist": str(idx), "data": str(data)}
-  written = {f"runs/{name}": str(runs / name) for name in ("student.pth", "hf", "finetune.pth", "trace.npz", "compare")}
-  return folders | written | {"beit.pth": str(ROOT / "tests/golden/student_tiny.pth")}
+  written = {f"runs/{name}": str(runs / name) for name in _WRITTEN}
+  there = {"runs/quickstart": "runs/smoke", "beit.pth": str(ROOT / "tests/golden/student_tiny.pth")}
+  return folders | written | there
 
 
 def in_small(arguments: list[str], stand_ins: dict[str, str], workdir: pathlib.Path) -> list[str]:
   """The same command on the stand-ins, as two steps of a tiny student: everything else is as the README has it."""
   arguments = ["=".join(stand_ins.get(part, part) for part in argument.split("=")) for argument in arguments]
-  if "dtm_jax.main" not in arguments or any(":smoke" in argument for argument in arguments):
+  is_small = any(":smoke" in argument or "evaluate.py" in argument for argument in arguments)
+  if "dtm_jax.main" not in arguments or is_small:
     return arguments
   if not any("--config=" in argument for argument in arguments):
     return [*arguments, f"--workdir={workdir}"]
