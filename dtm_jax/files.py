@@ -1,6 +1,7 @@
 """Files that are there whole or not at all."""
 
 import contextlib
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -12,30 +13,43 @@ from dtm_jax.errors import InputError
 def replacing(path: pathlib.Path, remedy: str = "make room or choose another place") -> Iterator[pathlib.Path]:
   """Gives a name beside `path` for a file or folder, which takes the place of `path` once it is whole.
 
-  Of a folder that is there already, the files of the same names are replaced.
+  Of a folder that is there already, the files of the same names are replaced, one after the other.
 
   Args:
-    path: To write; its folder is made where it is missing.
+    path: To write; its folder is made where it is missing. Of a link, what it leads to is written.
     remedy: For the message, where it cannot be written.
 
   Raises:
-    InputError: it cannot be written.
+    InputError: it cannot be written, or is neither a file nor a folder.
   """
-  unfinished = path.with_name(f".{path.name}.tmp")
+  place = _place(path)
+  unfinished = place.with_name(f".{place.name}.{os.getpid()}.tmp")
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
     _remove(unfinished)
     yield unfinished
-    if unfinished.is_dir() and path.is_dir():
+    if unfinished.is_dir() and place.is_dir():
       for file in unfinished.iterdir():
-        file.replace(path / file.name)
+        file.replace(place / file.name)
     else:
-      unfinished.replace(path)
+      unfinished.replace(place)
   except OSError as error:
     raise InputError(f"cannot write {path} ({error.strerror or error}); {remedy}") from error
   finally:
     with contextlib.suppress(OSError):  # what went wrong is told already
       _remove(unfinished)
+
+
+def _place(path: pathlib.Path) -> pathlib.Path:
+  """Where `path` leads. Raises InputError where no file or folder can be."""
+  try:
+    place = path.resolve()
+    is_odd = not place.name or (place.exists() and not place.is_file() and not place.is_dir())
+  except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+    raise InputError(f"cannot write {path} ({error}); choose another place") from error
+  if is_odd:
+    raise InputError(f"cannot write {path}: it is no file or folder that can be replaced; choose another place")
+  return place
 
 
 def _remove(path: pathlib.Path) -> None:
