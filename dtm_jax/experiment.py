@@ -158,12 +158,14 @@ def restore_run(workdir: pathlib.Path) -> Restored:
   """Reads the newest checkpoint of a work folder, whatever devices it was saved on.
 
   Raises:
-    InputError: the folder is not that of a run, or has no checkpoint.
+    InputError: the folder is not that of a run, its record is damaged, or it has no checkpoint.
   """
   record = read_json(workdir / CONFIG_FILE)
   steps = [path.name for path in (workdir / CHECKPOINT_FOLDER).glob("*") if path.name.isdigit()]
   if record is None or not steps:
     raise InputError(f"{workdir} holds no checkpoint of a run; name its work folder, or a weights file")
+  if not isinstance(record, dict) or not isinstance(record.get("target_dim"), int):
+    raise InputError(f"{workdir / CONFIG_FILE} is not the record of a pre-training run; name another work folder")
   config = from_json(record)
   student = create_student(config, record["target_dim"])
   optimizer = create_optimizer(config.optim, lambda step: 0.0)

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ from dtm_jax import experiment
 from dtm_jax.checkpoint import CheckpointStore
 from dtm_jax.config import Config, DataConfig, ModelConfig, to_json
 from dtm_jax.convert import __main__ as command
-from dtm_jax.convert import load_torch
+from dtm_jax.convert import load_torch, writing
 from dtm_jax.convert.layouts import flatten
 from dtm_jax.convert.transfer import resize_tables, to_classifier
 from dtm_jax.optim import create_optimizer
@@ -131,6 +132,15 @@ def test_a_work_folder(tmp_path, capsys):
     ([STUDENT, "folder", "--to=release"], "folder is a folder"),
     ([STUDENT, "taken.pth/out.pth"], "cannot write taken.pth/out.pth"),
     (["run", "out.pth"], "run holds no checkpoint of a run"),
+    (["listed", "out.pth"], "config.json is not the record of a pre-training run"),
+    (["no_width", "out.pth"], "config.json is not the record of a pre-training run"),
+    ([STUDENT, "out.safetensors"], "--to=huggingface makes a folder"),
+    ([STUDENT, "out.pth", "--num_classes=3", "--seed=-1"], "seed=-1 is negative"),
+    ([STUDENT, "out.pth", f"--num_classes={10**15}"], "at most 1000000"),
+    ([STUDENT, "out.pth", f"--image_size={8 * 10**9}"], "1 to 128 to a side"),
+    (["n" * 300, "out.pth"], "name too long"),
+    ([STUDENT, f"{'n' * 300}.pth"], "name too long"),
+    ([STUDENT, "/"], "cannot write /: it is no file or folder"),
   ],
 )
 def test_bad_input_is_told_in_one_line_and_nothing_is_written(tmp_path, monkeypatch, capsys, arguments, complaint):
@@ -138,7 +148,10 @@ def test_bad_input_is_told_in_one_line_and_nothing_is_written(tmp_path, monkeypa
   pathlib.Path("taken.pth").write_text("old")
   pathlib.Path("folder").mkdir()
   pathlib.Path("folder/config.json").write_text("{}")
-  pathlib.Path("run/checkpoints").mkdir(parents=True)
+  for name, record in {"run": None, "listed": "[]", "no_width": "{}"}.items():
+    (pathlib.Path(name) / "checkpoints" / "3").mkdir(parents=True)
+    if record is not None:
+      (pathlib.Path(name) / "config.json").write_text(record)
   before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
   assert convert(*arguments) == 2
   output, error = capsys.readouterr()
@@ -146,6 +159,17 @@ def test_bad_input_is_told_in_one_line_and_nothing_is_written(tmp_path, monkeypa
   assert error.startswith("error: ") and error.count("\n") == 1
   assert complaint in error
   assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_an_interrupt_is_told_in_one_line_and_nothing_is_left(tmp_path, monkeypatch, capsys):
+  def write_half(path: pathlib.Path, state) -> None:
+    path.write_bytes(b"half")
+    signal.raise_signal(signal.SIGINT)
+
+  monkeypatch.setattr(writing, "write_torch", write_half)
+  assert convert(STUDENT, tmp_path / "out.pth") == 130
+  assert capsys.readouterr() == ("", "error: interrupted\n")
+  assert not list(tmp_path.iterdir())
 
 
 def test_overwrite_replaces_the_file_even_with_itself(tmp_path):

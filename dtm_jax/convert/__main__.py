@@ -8,7 +8,7 @@ folder of a run of this program. OUT is a `.pth`, or a folder for Hugging Face's
 On the way, --image_size fits bias tables to another number of patches, and --num_classes makes a fine-tuning model of a
 student.
 
-Exit codes: 0 done; 2 wrong usage, weights that cannot be read or written.
+Exit codes: 0 done; 2 wrong usage, weights that cannot be read or written; 130 interrupted.
 """
 
 import argparse
@@ -23,7 +23,9 @@ from dtm_jax.convert.transfer import TABLES, resize_tables, to_classifier
 from dtm_jax.convert.writing import HUGGING_FACE_FILES, save_hugging_face, save_torch, sizes_of
 from dtm_jax.errors import InputError
 
-EXIT_INPUT = 2
+EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
+# Of other programs' weights files: no name for a folder, unless it is asked for.
+_FILE_SUFFIXES = (".safetensors", ".bin", ".npz", ".ckpt")
 # As the report's fields are told, but for what is refused.
 _TITLES = {
   "loaded": "loaded",
@@ -53,10 +55,14 @@ def main(argv: list[str]) -> int:
     source = _read(options)
     kind, params = _transfer(source, options)
     (save_torch if options.to == "release" else save_hugging_face)(options.output, kind, params)
-  except InputError as error:
+    _describe("read", source.path, source.kind, source.model, source.sha256, source.report)
+    _describe("wrote", target, kind, sizes_of(kind, params), file_sha256(target), None)
+  except (InputError, OSError) as error:
     return console.fail(error, EXIT_INPUT)
-  _describe("read", source.path, source.kind, source.model, source.sha256, source.report)
-  _describe("wrote", target, kind, sizes_of(kind, params), file_sha256(target), None)
+  except MemoryError as error:
+    return console.fail(f"not enough memory for these weights ({error})", EXIT_INPUT)
+  except KeyboardInterrupt:
+    return console.fail("interrupted", EXIT_INTERRUPTED)
   return 0
 
 
@@ -77,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check_target(options: argparse.Namespace) -> pathlib.Path:
   """The weights file to write, before anything is read."""
+  if options.to is None and options.output.suffix.lower() in _FILE_SUFFIXES:
+    raise InputError(
+      f"{options.output} is no name for what is written: --to=release writes a file for PyTorch, name it .pth;"
+      " --to=huggingface makes a folder"
+    )
   options.to = options.to or ("release" if options.output.suffix in (".pth", ".pt") else "huggingface")
   if options.num_classes is None and (options.tables, options.seed) != (None, None):
     raise InputError("--tables and --seed are for a fine-tuning model; give --num_classes too")

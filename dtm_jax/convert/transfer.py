@@ -10,6 +10,8 @@ from dtm_jax.errors import InputError
 
 TABLES = ("both", "shared", "own")
 _SPECIAL_ROWS = 3  # class to token, token to class, class to class: of no place on the grid
+_MAX_CLASSES = 1_000_000
+_MAX_PATCHES = 128  # to a side; every block's index has the fourth power of it
 _HEAD_STD = 0.02 * 0.001  # BEiT's initial std and its scale of a new head
 
 
@@ -30,12 +32,14 @@ def to_classifier(params: Mapping, num_classes: int, *, tables: str = "both", se
     Parameters of `models.vit.Classifier`, float32 numpy.
 
   Raises:
-    InputError: params are not a student's, or there is no such variant.
+    InputError: params are not a student's, there is no such variant, or a number is out of range.
   """
   if tables not in TABLES:
     raise InputError(f"tables={tables!r} is not one of {', '.join(TABLES)}")
-  if num_classes < 1:
-    raise InputError(f"num_classes={num_classes}: a classifier needs at least one")
+  if not 1 <= num_classes <= _MAX_CLASSES:
+    raise InputError(f"num_classes={num_classes}: a classifier needs at least one, and at most {_MAX_CLASSES}")
+  if seed < 0:
+    raise InputError(f"seed={seed} is negative; give 0 or more")
   flat = {path: np.asarray(value, np.float32) for path, value in layouts.flatten(params).items()}
   if "rel_pos_bias" not in flat or "norm/scale" not in flat:
     raise InputError("only a pre-training student becomes a classifier: these parameters have no shared bias table")
@@ -63,8 +67,10 @@ def resize_tables(params: Mapping, grid_from: tuple[int, int], grid_to: tuple[in
     Parameters with every table resized by `resize_table`; the very same arrays for the same grid.
 
   Raises:
-    InputError: the tables are not of `grid_from`.
+    InputError: the tables are not of `grid_from`, or `grid_to` is out of range.
   """
+  if not 1 <= min(grid_to) <= max(grid_to) <= _MAX_PATCHES:
+    raise InputError(f"a grid of {grid_to[0]} x {grid_to[1]} patches; there can be 1 to {_MAX_PATCHES} to a side")
   flat = layouts.flatten(params)
   for path, value in flat.items():
     if path.rpartition("/")[2] == "rel_pos_bias":
