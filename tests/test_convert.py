@@ -230,7 +230,7 @@ def test_open_clip_folder_is_held_to_its_config(tmp_path, model, vision, complai
     assert complaint in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"model_cfg": 3}', "{}"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"model_cfg": 3}', "{}", "[" * 200_000])
 def test_damaged_config_is_refused(tmp_path, text):
   save_safetensors(golden_state("clip_vision_tiny.pth"), tmp_path / "open_clip_model.safetensors")
   (tmp_path / "open_clip_config.json").write_text(text)

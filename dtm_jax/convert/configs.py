@@ -87,7 +87,7 @@ def _read(file: pathlib.Path) -> dict | None:
     return config
   except FileNotFoundError:
     return None
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise _damaged(file, error) from error
 
 
