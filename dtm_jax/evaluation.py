@@ -188,7 +188,7 @@ def _is_complete(workdir: pathlib.Path, config: Config, new_record: dict[str, An
   if record is not None:
     inputs = ("params_sha256", "train_images", "test_images", "resampler")
     workdirs.check_same_inputs(workdir, record, new_record, inputs)
-  return record is not None and (workdir / SUMMARY_FILE).exists()
+  return record is not None and workdirs.read_json(workdir / SUMMARY_FILE) is not None
 
 
 def _new_record(parts: Parts, command: str) -> dict[str, Any]:
