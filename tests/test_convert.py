@@ -392,6 +392,23 @@ def test_every_name_is_accounted_for(tmp_path):
   assert "has other axes of length 1: cls_token" in refusal(tmp_path / "student.pth")
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_what_is_no_tensor_beside_the_weights_is_named(tmp_path, prefix):
+  state = {prefix + name: tensor for name, tensor in student_state().items()}
+  index = f"{prefix}blocks.0.attn.relative_position_index"
+  torch.save({"model": state | {"extra": 3, index: "none", (1, 2): [4]}, "epoch": 7, "args": None}, tmp_path / "s.pth")
+  assert f"has unknown {index.removeprefix(prefix)}, extra, <tuple>;" in refusal(tmp_path / "s.pth")
+  report = read_weights(tmp_path / "s.pth", strict=False).report
+  assert report.unexpected == (index.removeprefix(prefix), "extra", "<tuple>")
+  torch.save({"model": state, "epoch": 7, "args": None}, tmp_path / "s.pth")
+  assert not read_weights(tmp_path / "s.pth").report.unexpected
+
+
+def test_numbers_that_openai_keeps_beside_the_weights_are_known(tmp_path):
+  torch.save(golden_state("clip_vision_tiny.pth") | {"input_resolution": 64, "vocab_size": 9}, tmp_path / "clip.pt")
+  assert read_weights(tmp_path / "clip.pt").report.left_out == ("input_resolution", "vocab_size")
+
+
 def test_not_strict_still_needs_every_tensor_of_the_model(tmp_path):
   for change, complaint in (
     ({"norm.bias": torch.ones(2)}, r"norm.bias \[2\] instead of \[48\]"),

@@ -30,7 +30,7 @@ class Report:
     loaded: Became parameters, or are index buffers and agree with ours.
     absent: Missing as a whole set that the model does without: taken as zeros.
     left_out: Known to belong to something else: the text tower, a decoder.
-    unexpected: Of no known model. Refused, unless `strict=False`.
+    unexpected: Of no known model, or no tensors. Refused, unless `strict=False`.
     missing: Refused.
     reshaped: Loaded from a shape that differs by axes of length 1 only. Refused, unless `strict=False`.
     misshapen: Of another shape, "name [2] instead of [3]". Refused.
@@ -123,7 +123,7 @@ def _convert(weights: StateDict, source: str, folder: pathlib.Path | None, *, st
     configs.check(layout, folder, model)
   expected = list(layouts.leaves(layout, layout.rows, model))
   folded = list(layouts.leaves(layout, layout.folded, model))
-  report = _account(layout, expected, folded, weights.views)
+  report = _account(layout, expected, folded, weights)
   report.check(source, strict=strict)
   params = _read(weights, source, expected, model["grid"])
   found = [leaf for leaf in folded if leaf.name in weights.views]
@@ -160,7 +160,8 @@ def _sizes(layout: Layout, views: Mapping[str, np.ndarray], source: str) -> dict
     raise InputError(f"{source} is not {layout.title}, or is damaged: {error}") from error
 
 
-def _account(layout: Layout, expected: list[Leaf], folded: list[Leaf], views: Mapping[str, np.ndarray]) -> Report:
+def _account(layout: Layout, expected: list[Leaf], folded: list[Leaf], weights: StateDict) -> Report:
+  views = weights.views
   names = {field.name: [] for field in dataclasses.fields(Report)}
   found = {leaf.template for leaf in expected if leaf.name in views}
   for leaf in {leaf.name: leaf for leaf in (*expected, *folded)}.values():
@@ -173,9 +174,8 @@ def _account(layout: Layout, expected: list[Leaf], folded: list[Leaf], views: Ma
       names["absent" if leaf.template in {*layout.absent} - found else "missing"].append(leaf.name)
   elsewhere = re.compile("|".join(layout.left_out) or "(?!)")
   asked = {leaf.name for leaf in (*expected, *folded)}
-  for name in views:
-    if name not in asked:
-      names["left_out" if elsewhere.fullmatch(name) else "unexpected"].append(name)
+  for name in (*(name for name in views if name not in asked), *weights.others):
+    names["left_out" if elsewhere.fullmatch(name) else "unexpected"].append(name)
   return Report(**{field: tuple(listed) for field, listed in names.items()})
 
 

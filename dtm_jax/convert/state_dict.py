@@ -4,7 +4,7 @@ import hashlib
 import json
 import mmap
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -41,10 +41,11 @@ class StateDict:
 
   Attributes:
     views: Views of the mapped file, or arrays in memory: for shapes and dtypes.
+    others: Names of entries beside them that are no tensors.
   """
 
-  def __init__(self, views: Mapping[str, np.ndarray], mapped: mmap.mmap | None = None):
-    self.views, self._mapped = dict(views), mapped
+  def __init__(self, views: Mapping[str, np.ndarray], others: Iterable[str] = (), mapped: mmap.mmap | None = None):
+    self.views, self.others, self._mapped = dict(views), tuple(others), mapped
 
   def read(self, name: str) -> np.ndarray:
     """A copy: the file may change or go, under a view that ends the process. The tensor's own dtype."""
@@ -83,18 +84,19 @@ def read_state_dict(path: pathlib.Path) -> StateDict:
     InputError: the file cannot be read or holds no tensors.
   """
   if path.suffix == ".safetensors":
-    views, mapped = _map_safetensors(path)
+    (views, mapped), others = _map_safetensors(path), []
   else:
     saved, mapped = map_torch(path)
     try:
-      views = _flatten(saved)
+      views, others = _flatten(saved)
     except RecursionError as error:
       raise InputError(f"{path} is refused: its containers hold themselves") from error
   if not views:
     raise InputError(f"{path} holds no named tensors: not the weights of a model")
   if all(name.startswith("module.") for name in views):  # saved from DistributedDataParallel
     views = {name.removeprefix("module."): view for name, view in views.items()}
-  return StateDict(views, mapped)
+    others = [name.removeprefix("module.") for name in others]
+  return StateDict(views, others, mapped)
 
 
 def _map_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], mmap.mmap]:
@@ -119,15 +121,18 @@ def _map_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], mmap.mm
     raise InputError(f"{path} is truncated or not a safetensors file ({error})") from error
 
 
-def _flatten(saved: object) -> dict[str, np.ndarray]:
+def _flatten(saved: object) -> tuple[dict[str, np.ndarray], list[str]]:
+  """Tensors by name, and the names of what lies in the same dict and is none."""
   if isinstance(saved, TorchModule):
-    return dict(_attributes(saved, "", set()))
+    return dict(_attributes(saved, "", set())), []  # beside its tensors a module has settings of its own
   if not isinstance(saved, dict):
-    return {}
+    return {}, []
   for key in _WRAPPERS:
     if isinstance(saved.get(key), dict):
       return _flatten(saved[key])
-  return {name: value for name, value in saved.items() if isinstance(name, str) and isinstance(value, np.ndarray)}
+  views = {name: value for name, value in saved.items() if isinstance(name, str) and isinstance(value, np.ndarray)}
+  others = [name if isinstance(name, str) else f"<{type(name).__name__}>" for name in saved if name not in views]
+  return views, others
 
 
 def _attributes(module: TorchModule, prefix: str, seen: set[int]) -> Iterator[tuple[str, np.ndarray]]:
