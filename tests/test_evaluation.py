@@ -100,6 +100,15 @@ def test_saved_features_are_those_that_were_evaluated(evaluated):
   assert not [path for path in evaluated.iterdir() if path.name.startswith(".")]
 
 
+def test_a_damaged_summary_is_told(tmp_path, evaluated, run, capsys):
+  for name, content in {"config.json": (evaluated / "config.json").read_text(), "summary.json": "{"}.items():
+    (tmp_path / name).write_text(content)
+  assert main.main(arguments(run, tmp_path, **LIMITS, eval__fewshot="(1,5)", eval__save_features=True)) == 2
+  error = capsys.readouterr().err
+  assert f"error: {tmp_path / 'summary.json'} cannot be read" in error
+  assert "Traceback" not in error
+
+
 def test_the_same_command_again_is_complete(evaluated, run, capsys):
   before = {path: path.stat().st_mtime_ns for path in evaluated.rglob("*") if path.is_file()}
   command = arguments(run, evaluated, **LIMITS, eval__fewshot="(1,5)", eval__save_features=True)

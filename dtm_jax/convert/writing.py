@@ -1,4 +1,9 @@
-"""Our parameter trees -> foreign weights: the release's `.pth`, Hugging Face's folders. Whole or not at all."""
+"""Our parameter trees -> foreign weights: the release's `.pth`, Hugging Face's folders.
+
+A file is written whole or not at all, and so is a new folder; in a folder that is there already, the two files are
+replaced one after the other. Everything is written as float32 and with every table: a complete float32 file comes back
+bit for bit, one of another dtype as float32, one with tables absent with zeros in their place.
+"""
 
 import json
 import os
