@@ -13,5 +13,5 @@ def require_torch() -> None:
     import torch  # noqa: F401
   except ModuleNotFoundError as error:
     raise InputError(
-      "this needs PyTorch: pip install 'dtm_jax[test]', or torch alone as https://pytorch.org says"
+      "this needs PyTorch: pip install -e '.[test]' in a checkout of dtm_jax, or see https://pytorch.org"
     ) from error

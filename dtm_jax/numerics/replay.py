@@ -65,7 +65,7 @@ def replay(trace: Trace, model_file: pathlib.Path, teacher_file: pathlib.Path | 
   kind, sizes, params = load_torch(model_file)
   if kind != MODEL_KINDS[trace.kind]:
     raise InputError(f"{model_file} holds a {kind}; a {trace.kind} trace begins with a {MODEL_KINDS[trace.kind]}")
-  _check_sizes(trace, model_file, sizes, patch_size=trace.patch_size, grid=trace.grid)
+  _check_sizes(trace, model_file, sizes, "patch_size", "grid")
   _check_final(trace, parameters(kind, params), model_file)
   config = _resolve_config(trace)
   rates = jnp.asarray(trace["lr"], jnp.float32)
@@ -129,7 +129,7 @@ def _teacher(trace, config, teacher_file) -> tuple[Teacher, Callable[[int], Any]
   kind, sizes, params = load_torch(teacher_file)
   if kind != "clip_vision":
     raise InputError(f"{teacher_file} holds a {kind}, not a CLIP vision tower")
-  _check_sizes(trace, teacher_file, sizes, patch_size=trace.patch_size)  # its positions are resized to the grid
+  _check_sizes(trace, teacher_file, sizes, "patch_size")  # its positions are resized to the grid
   params = jax.device_put(params)
   return ClipTeacher(ClipVision(**sizes), config.data.mean, config.data.std, ""), lambda i: params
 
@@ -145,9 +145,9 @@ def _resolve_config(trace: Trace) -> config_lib.Config:
   config.optim.update(
     weight_decay=float(trace["weight_decay"]), clip_norm=clip_norm if np.isfinite(clip_norm) else None
   )
-  if trace.kind == "finetune":
+  if "layer_decay" in trace:
     config.optim.layer_decay = float(trace["layer_decay"])
-  else:
+  if trace.kind == "pretrain":
     config.morphing.update(enabled=trace["iterations"].shape[-1] > 0, distance=str(trace["distance"]), budget=None)
     config.morphing.update({name: trace[name].item() for name in ("loss_on", "protect_first") if name in trace})
     config.teacher.normalize_targets = "normalize_targets" in trace and bool(trace["normalize_targets"])
@@ -165,9 +165,9 @@ def _float32(array: np.ndarray) -> np.ndarray:
   return np.asarray(array, np.float32)
 
 
-def _check_sizes(trace: Trace, file: pathlib.Path, sizes: Mapping[str, Any], **wanted: Any) -> None:
-  for name, recorded in (("patch_size", trace.patch_size), ("grid", trace.grid)):
-    if sizes[name] != recorded:
+def _check_sizes(trace: Trace, file: pathlib.Path, sizes: Mapping[str, Any], *names: str) -> None:
+  for name in names:
+    if sizes[name] != (recorded := getattr(trace, name)):
       raise InputError(
         f"{file} has {name} {sizes[name]}, the trace {trace.path} {recorded}; give the run's own weights"
       )
