@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dtm_jax import command_line
-from dtm_jax.numerics import compare, compare_report, depth_figure, matching, torch_models
+from dtm_jax.numerics import compare, compare_report, depth_figure, matching, report, torch_models
 from dtm_jax.numerics.__main__ import main
 from dtm_jax.numerics.case import open_case, torch_student
 
@@ -118,6 +118,41 @@ def test_difference_of_known_tensors():
   assert row["relative"] == 0.125
   assert row["cosine"] == pytest.approx(27 / (5 * np.hypot(3, 4.5)))
   assert compare.difference("x", np.zeros(2), np.zeros(2))["relative"] == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("both", [False, True])
+def test_what_is_not_finite_stands_first(tmp_path, value, both):
+  broken = np.array([1, value])
+  names = [f"{tower}/{stage}" for tower in ("student", "teacher") for stage in ("embed", "block_0")]
+  rows = [compare.difference(name, np.ones(2), np.full(2, 1.5)) for name in [*names, "gradient/norm.bias"]]
+  bad = ["student/tokens", "gradient/cls_token"]
+  rows += [compare.difference(name, broken if both else np.ones(2), broken) for name in bad]
+  comparisons = {"XLA beside PyTorch": {"tensors": rows, "morphing": []}}
+  assert compare.not_finite(comparisons) == bad
+  text = compare_report.describe(comparisons)
+  assert re.search(r"^gradient, worst first.*\ncls_token +inf +inf +nan", text, re.MULTILINE)
+  assert text.endswith("NOT FINITE: student/tokens, gradient/cls_token")
+  depth_figure.draw(tmp_path / "compare.png", {title: rows["tensors"] for title, rows in comparisons.items()})
+  report.write_json(tmp_path / "compare.json", comparisons)
+  read = json.loads((tmp_path / "compare.json").read_text(), parse_constant=pytest.fail)
+  assert by_name(read["XLA beside PyTorch"])["gradient/cls_token"]["relative"] == "inf"
+
+
+@pytest.mark.slow  # compiles a step of its own
+def test_a_student_that_is_not_finite_ends_with_1(capsys, tmp_path, student_file):
+  content = torch.load(student_file, weights_only=True)
+  content["model"]["lm_head.weight"][3] = 3e38  # finite, but no sum of its products is
+  torch.save(content, tmp_path / "huge.pth")
+  words = [*OPTIONS, f"--student={tmp_path}/huge.pth", f"--teacher={TEACHER}", f"--out={tmp_path}"]
+  assert main(["numerics", "compare", *words]) == 1
+  assert "NOT FINITE: student/tokens" in capsys.readouterr().out
+
+
+def test_a_file_in_the_way_of_the_folder_is_told_before_the_work(capsys, tmp_path, student_file):
+  words = [*OPTIONS, "--student=none.pth", f"--out={student_file}"]
+  assert main(["numerics", "compare", *words]) == 2
+  assert "student.pth is not a folder" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------ where groupings part

@@ -4,12 +4,15 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 
+from dtm_jax.numerics import report
 from dtm_jax.numerics.__main__ import main
 from dtm_jax.numerics.replay import Replayed, Tolerances, describe, summarize
 from dtm_jax.numerics.trace import Trace, read_trace
@@ -87,12 +90,16 @@ def test_what_is_off_stands_first_and_fails():
   assert summarize(off, replayed, Tolerances(loss_rtol=3e-5, param_atol=4e-5))["within_tolerance"]
 
 
-def test_a_loss_that_is_not_finite_here_is_beyond_any_tolerance():
+def test_a_loss_that_is_not_finite_here_is_beyond_any_tolerance(tmp_path):
   trace, replayed = exact()
   losses = np.where(np.arange(10) < 9, replayed.losses, np.nan)
   broken = Replayed(losses, replayed.grad_norms, replayed.final)
   summary = summarize(trace, broken, Tolerances(loss_rtol=1e30))
   assert not summary["within_tolerance"]
+  report.write_json(tmp_path / "figures.json", summary)
+  read = json.loads((tmp_path / "figures.json").read_text(), parse_constant=pytest.fail)
+  assert read["max_loss_rel_error"] == "inf"
+  assert read["per_step"]["loss"][9]["here"] == "nan"
 
 
 def test_exit_codes_of_the_process_without_pytorch(tmp_path):
@@ -135,7 +142,10 @@ CHANGES = {
   ),
   "mask_type": ({"masks": np.zeros((10, 4, 64), int)}, "masks is int64, not booleans"),
   "draw_type": ({"iterations": np.ones((10, 2))}, "iterations is float64, not integers"),
-  "draws": ({"iterations": np.zeros((10, 2), int)}, "iterations at least 1"),
+  "draws": ({"iterations": np.zeros((10, 2), int)}, "iterations must be from 1 to 10000"),
+  "many_draws": ({"iterations": np.full((10, 2), 2**31)}, "iterations must be from 1 to 10000"),
+  "many_merges": ({"per_iteration": np.full((10, 2), 65)}, "per_iteration must be from 0 to 64"),
+  "layer_decay": ({"layer_decay": 1.5}, "config.optim.layer_decay=1.5 must be in"),
   "distance": ({"distance": "cosine"}, "distance is 'cosine', not one of smooth_l1, l1"),
   "patch_size": ({"patch_size": 7}, "patch_size 7 does not divide images of 64 pixels"),
   "nan": ({"losses": np.full(10, np.nan)}, "losses hold NaN or infinity"),
@@ -160,6 +170,19 @@ def test_bad_traces_are_refused_in_one_line(capsys, tmp_path, case):
   assert [path.name for path in tmp_path.iterdir()] == ["bad.npz"]
 
 
+def npy(header: str) -> bytes:
+  return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
+DAMAGED_MEMBERS = {
+  "no_npy": b"3.5",
+  "broken_header": npy("{'descr': '<f4', (((\n"),
+  "huge_shape": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (10000000000000,)}\n"),
+  "huge_product": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999999999999, 7)}\n"),
+  "unknown_type": npy("{'descr': 'spam', 'fortran_order': False, 'shape': (3,)}\n"),
+}
+
+
 def test_files_that_are_no_traces_are_refused(capsys, tmp_path):
   whole = (GOLDEN / "finetune_trajectory.npz").read_bytes()
   files = {"text": b"losses", "nothing": b"", "truncated": whole[:-5000], "flipped": whole[:2000] + b"x" + whole[2001:]}
@@ -168,6 +191,17 @@ def test_files_that_are_no_traces_are_refused(capsys, tmp_path):
     code, _, err = run(capsys, "replay", f"--trace={tmp_path / name}", *FINETUNE)
     assert (code, err.count("\n")) == (2, 1), name
     assert "cannot be read as a trace" in err, name
+  for name, member in DAMAGED_MEMBERS.items():
+    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+      archive.writestr("lr.npy", member)
+    code, _, err = run(capsys, "replay", f"--trace={tmp_path / name}", *FINETUNE)
+    assert (code, err.count("\n")) == (2, 1), name
+    assert "cannot be read as a trace" in err, name
+  locked = bytearray((tmp_path / "no_npy").read_bytes())
+  for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+    locked[locked.index(signature) + flags] |= 1  # encrypted
+  (tmp_path / "locked").write_bytes(locked)
+  assert "encrypted" in run(capsys, "replay", f"--trace={tmp_path}/locked", *FINETUNE)[2]
   np.save(tmp_path / "array.npy", np.zeros(3))
   assert "not a .npz file" in run(capsys, "replay", f"--trace={tmp_path}/array.npy", *FINETUNE)[2]
   np.savez_compressed(tmp_path / "bomb.npz", images_nchw=np.zeros((1, 1, 3, 2048, 2048)))
@@ -195,8 +229,38 @@ def test_weights_that_do_not_fit_are_refused(capsys, monkeypatch, words, message
 
 def test_weights_of_other_patches_are_refused(capsys, tmp_path):
   images = np.zeros((10, 4, 3, 32, 32), np.float32)
-  trace = write_changed(tmp_path / "small.npz", images_nchw=images, masks=np.zeros((10, 4, 16), bool))
+  changes = {"images_nchw": images, "masks": np.zeros((10, 4, 16), bool), "per_iteration": np.ones((10, 2), int)}
+  trace = write_changed(tmp_path / "small.npz", **changes)
   assert "has grid (8, 8)" in run(capsys, "replay", f"--trace={trace}", *PRETRAIN)[2]
+
+
+def test_an_option_of_the_other_kind_is_named(capsys):
+  trace = f"--trace={GOLDEN}/finetune_trajectory.npz"
+  assert "trace, which has no --student" in run(capsys, "replay", trace, *FINETUNE, "--student=x")[2]
+  assert "trace, which has no --teacher" in run(capsys, "replay", trace, *FINETUNE, "--teacher=x")[2]
+
+
+def test_targets_in_the_way_are_told_before_the_work(capsys, tmp_path):
+  words = ["replay", "--trace=none.npz", *FINETUNE]
+  assert "is a folder" in run(capsys, *words, f"--json={tmp_path}")[2]
+  assert "is not a folder" in run(capsys, *words, f"--json={GOLDEN}/loss.npz/figures.json")[2]
+
+
+def test_a_name_too_long_is_told_in_one_line(capsys):
+  code, _, err = run(capsys, "replay", f"--trace={'x' * 300}.npz", *FINETUNE)
+  assert (code, err.count("\n")) == (2, 1)
+  assert "File name too long" in err
+
+
+def test_an_interrupt_is_told_in_one_line(capsys):
+  before = signal.signal(signal.SIGVTALRM, signal.default_int_handler)
+  try:
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0.02)  # while the trace is read
+    code, _, err = run(capsys, "replay", f"--trace={GOLDEN}/pretrain_trajectory.npz", *PRETRAIN)
+  finally:
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    signal.signal(signal.SIGVTALRM, before)
+  assert (code, err) == (130, "interrupted\n")
 
 
 @pytest.mark.parametrize("command", ["record", "compare"])
@@ -205,5 +269,5 @@ def test_what_needs_pytorch_says_how_to_install_it(capsys, monkeypatch, tmp_path
   monkeypatch.setitem(sys.modules, "torch", None)  # which is how Python marks what cannot be imported
   code, _, err = run(capsys, command, *(["--out=t.npz"] if command == "record" else []))
   assert (code, err.count("\n")) == (2, 1)
-  assert "pip install 'dtm_jax[test]'" in err
+  assert "pip install -e '.[test]'" in err
   assert not [*tmp_path.iterdir()]

@@ -4,7 +4,8 @@
   python -m dtm_jax.numerics record --config=FILE --out T.npz                       records one with the reference
   python -m dtm_jax.numerics compare --config=FILE                                  both live on the same images
 
-Exit codes: 0 done, and within the tolerance; 1 beyond it; 2 wrong usage, files or config.
+Exit codes: 0 done; 1 a replay is beyond its tolerance, or compare found values that are not finite; 2 wrong usage,
+files or config; 130 interrupted.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from dtm_jax import command_line, console
 from dtm_jax.errors import InputError
 from dtm_jax.numerics import require_torch
 
-EXIT_BEYOND, EXIT_INPUT = 1, 2
+EXIT_BEYOND, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 _CONFIG_OPTIONS = "The run: --config=FILE and --config.path.to.key=value, as for dtm_jax.main; without, the quickstart."
 
 
@@ -25,13 +26,18 @@ def main(argv: list[str]) -> int:
   try:
     options, rest = _parser().parse_known_args(argv[1:])
     return options.run(options, [argv[0], *rest])
-  except InputError as error:
+  except (InputError, OSError) as error:
     return console.fail(error, EXIT_INPUT)
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    return EXIT_INTERRUPTED
 
 
 def _replay(options: argparse.Namespace, rest: list[str]) -> int:
   if rest[1:]:
     raise InputError(f"{rest[1]!r} is not an option of replay; --help shows them")
+  if options.json:
+    _check_targets(options.json, overwrite=True)
   # Not before the options are right: the backend takes seconds to start.
   import jax
 
@@ -54,8 +60,9 @@ def _model_file(options: argparse.Namespace, kind: str) -> pathlib.Path:
   wanted, other = ("student", "model") if kind == "pretrain" else ("model", "student")
   if getattr(options, wanted) is None:
     raise InputError(f"{options.trace} is a {kind} trace: give the weights that it began with as --{wanted}")
-  if getattr(options, other) is not None or (kind == "finetune" and options.teacher):
-    raise InputError(f"{options.trace} is a {kind} trace, which has no --{other if kind == 'pretrain' else 'teacher'}")
+  for name in (other,) if kind == "pretrain" else (other, "teacher"):
+    if getattr(options, name) is not None:
+      raise InputError(f"{options.trace} is a {kind} trace, which has no --{name}")
   return getattr(options, wanted)
 
 
@@ -69,8 +76,10 @@ def _record(options: argparse.Namespace, rest: list[str]) -> int:
   import jax
 
   from dtm_jax.numerics.case import open_case
-  from dtm_jax.numerics.record import describe, record
+  from dtm_jax.numerics.record import describe, new_student_file, record
 
+  made = [options.out] if options.student else [options.out, new_student_file(options.out)]
+  _check_targets(*made, overwrite=options.overwrite)
   with jax.default_matmul_precision("float32"):
     case = open_case(settings, options.student, options.teacher, "float32")
     student_file = record(case, options.steps, options.out, options.student)
@@ -81,6 +90,7 @@ def _record(options: argparse.Namespace, rest: list[str]) -> int:
 def _compare(options: argparse.Namespace, rest: list[str]) -> int:
   require_torch()
   settings = command_line.parse_config(rest)
+  _check_targets(*(options.out / name for name in ("compare.json", "compare.png")), overwrite=True)
   import jax
 
   from dtm_jax.numerics import compare, compare_report
@@ -90,7 +100,19 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
     case = open_case(settings, options.student, options.teacher, options.dtype)
     comparisons = compare.compare_all(case, options.dtype)
   compare_report.write(options.out, case, comparisons, options.dtype)
-  return 0
+  return EXIT_BEYOND if compare.not_finite(comparisons) else 0
+
+
+def _check_targets(*files: pathlib.Path, overwrite: bool) -> None:
+  """Before work of minutes: each can be written."""
+  for file in files:
+    if file.is_dir():
+      raise InputError(f"{file} is a folder; name a file, or move it away")
+    if file.exists() and not overwrite:
+      raise InputError(f"{file} is there already; --overwrite replaces it")
+    nearest = next(folder for folder in file.absolute().parents if folder.exists())
+    if not nearest.is_dir():
+      raise InputError(f"{file} cannot be made, as {nearest} is not a folder; choose another place")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -127,6 +149,7 @@ def _add_replay(command: argparse.ArgumentParser) -> None:
 def _add_record(command: argparse.ArgumentParser) -> None:
   command.add_argument("--out", required=True, **_FILE, help="the trace to write, .npz")
   command.add_argument("--steps", type=int, default=10, metavar="S", help="optimiser steps (%(default)s)")
+  command.add_argument("--overwrite", action="store_true", help="replace the trace, and its weights, if they are there")
   _add_weights(command)
 
 

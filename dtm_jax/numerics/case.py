@@ -111,6 +111,8 @@ def open_case(
   if teacher_file is not None:
     settings.teacher.update(kind="clip", weights=str(teacher_file))
   asked = config_lib.resolve(settings)
+  if asked.task != "pretrain":
+    raise InputError(f"config.task={asked.task!r} has no training step; give the config of a pre-training run")
   if asked.morphing.enabled and asked.morphing.split == "random":
     raise InputError(
       "config.morphing.split='random' is drawn inside XLA, and PyTorch cannot repeat it; use 'alternate'"

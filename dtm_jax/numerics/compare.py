@@ -247,15 +247,28 @@ def compare(reference: Outcome, other: Outcome, case: Case, inputs: Inputs) -> d
 
 
 def difference(name: str, reference: np.ndarray, other: np.ndarray) -> dict[str, Any]:
-  """Largest absolute difference, the same over the largest value of the reference, and cosine."""
+  """Largest absolute difference, the same over the largest value of the reference, and cosine.
+
+  Where either side is not finite, both differences are infinite and the cosine is NaN.
+  """
   a, b = np.asarray(reference, np.float64).ravel(), np.asarray(other, np.float64).ravel()
-  max_abs, largest = float(np.abs(a - b).max()), float(np.abs(a).max())
+  largest = float(np.abs(a).max())
+  if not np.isfinite([a, b]).all():
+    return _row(name, np.inf, np.inf, np.nan, largest)
+  max_abs = float(np.abs(a - b).max())
   norms = float(np.linalg.norm(a) * np.linalg.norm(b))
   same = max_abs == 0
-  return {
-    "name": name,
-    "max_abs": max_abs,
-    "relative": 0.0 if same else max_abs / max(largest, np.finfo(np.float32).tiny),
-    "cosine": 1.0 if same else float(a @ b) / max(norms, np.finfo(np.float64).tiny),
-    "reference_max_abs": largest,
-  }
+  relative = 0.0 if same else max_abs / max(largest, np.finfo(np.float32).tiny)
+  cosine = 1.0 if same else float(a @ b) / max(norms, np.finfo(np.float64).tiny)
+  return _row(name, max_abs, relative, cosine, largest)
+
+
+def _row(name: str, max_abs: float, relative: float, cosine: float, largest: float) -> dict[str, Any]:
+  figures = {"max_abs": max_abs, "relative": relative, "cosine": cosine, "reference_max_abs": largest}
+  return {"name": name} | figures
+
+
+def not_finite(comparisons: Mapping[str, Mapping[str, Any]]) -> list[str]:
+  """Names of the tensors in which a comparison of `compare_all` has found NaN or infinity."""
+  rows = [row for comparison in comparisons.values() for row in comparison["tensors"]]
+  return list(dict.fromkeys(row["name"] for row in rows if row["max_abs"] == np.inf))

@@ -9,6 +9,7 @@ import torch
 from dtm_jax.config import to_json
 from dtm_jax.numerics import depth_figure, report
 from dtm_jax.numerics.case import Case, torch_device
+from dtm_jax.numerics.compare import not_finite
 
 _LISTED_TENSORS = 5
 _SECTIONS = {
@@ -63,6 +64,9 @@ def describe(comparisons: Comparisons) -> str:
   parts = [_section(comparisons, prefix, title) for prefix, title in _SECTIONS.items()]
   parts.insert(2, "\n".join(_morphing_lines(comparisons)))
   parts.append("\n".join(_growth_lines(comparisons)))
+  if bad := not_finite(comparisons):
+    more = f" and {len(bad) - _LISTED_TENSORS} more" if len(bad) > _LISTED_TENSORS else ""
+    parts.append(f"NOT FINITE: {', '.join(bad[:_LISTED_TENSORS])}{more}")
   return "\n\n".join(part for part in parts if part)
 
 

@@ -38,7 +38,8 @@ def draw(path: pathlib.Path, comparisons: Mapping[str, Sequence[Mapping[str, Any
     _plot(backward, gradients(rows), title, "-", f"C{i}", _MARKERS["gradient"])
   forward.set(title="activations, forward", ylabel="largest error over largest value")
   backward.set(title="gradients of the student, worst tensor of each block")
-  span = _span([max(row["relative"], _FLOOR) for rows in comparisons.values() for row in rows if _is_drawn(row)])
+  errors = [row["relative"] for rows in comparisons.values() for row in rows if _is_drawn(row)]
+  span = _span([max(error, _FLOOR) for error in errors if math.isfinite(error)] or [_FLOOR])
   for panel in (forward, backward):
     _finish(panel, span)
   save_figure(figure, path)

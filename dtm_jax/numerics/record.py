@@ -1,6 +1,7 @@
 """Trains the PyTorch reference as a config says, and keeps all that is needed to replay it."""
 
 import pathlib
+import shlex
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import tqdm
 
 from dtm_jax import convert
 from dtm_jax.errors import InputError
+from dtm_jax.files import replacing
 from dtm_jax.numerics import torch_reference
 from dtm_jax.numerics.case import (
   Case,
@@ -33,7 +35,7 @@ def record(case: Case, num_steps: int, out: pathlib.Path, student_file: pathlib.
     case: what to train, on what.
     num_steps: S.
     out: the trace, a new `.npz`.
-    student_file: where the case's weights come from; None writes them beside the trace, as `.student.pth`.
+    student_file: where the case's weights come from; None writes them as `new_student_file` says.
 
   Returns:
     The file of the weights that the trace begins with.
@@ -43,23 +45,31 @@ def record(case: Case, num_steps: int, out: pathlib.Path, student_file: pathlib.
   """
   student = torch_student(case)
   arrays = _settings(case) | _train(case, student, num_steps)
-  if student_file is None:
-    student_file = out.with_suffix(".student.pth")
-    convert.save_torch(student_file, "student", case.params)
-  write_trace(out, arrays, {name: value.detach().cpu().numpy() for name, value in student.named_parameters()})
-  return student_file
+  final = {name: value.detach().cpu().numpy() for name, value in student.named_parameters()}
+  if student_file is not None:
+    write_trace(out, arrays, final)
+    return student_file
+  with replacing(new_student_file(out)) as unfinished:  # there once the trace is
+    convert.save_torch(unfinished, "student", case.params)
+    write_trace(out, arrays, final)
+  return new_student_file(out)
+
+
+def new_student_file(trace_file: pathlib.Path) -> pathlib.Path:
+  """Beside the trace, for weights that come from no file."""
+  return trace_file.with_suffix(".student.pth")
 
 
 def describe(case: Case, num_steps: int, out: pathlib.Path, student_file: pathlib.Path) -> str:
   """What was recorded, and the command that replays it."""
-  command = f"python -m dtm_jax.numerics replay --trace {out} --student {student_file}"
+  command = ["python", "-m", "dtm_jax.numerics", "replay", "--trace", out, "--student", student_file]
   if _replay_computes_targets(case):
-    command += f" --teacher {locate_weights(case.config.teacher.weights)}"
+    command += ["--teacher", locate_weights(case.config.teacher.weights)]
   lines = [
     *case.notes,
     f"recorded {num_steps} steps of {case.config.data.batch_size} images with PyTorch {torch.__version__} on"
     f" {torch_device()}: {out} ({out.stat().st_size / 1e6:.1f} MB)",
-    f"replay it: {command}",
+    f"replay it: {shlex.join(map(str, command))}",
   ]
   return "\n".join(lines)
 
@@ -112,6 +122,7 @@ def _settings(case: Case) -> dict[str, Any]:
     "betas": optim.betas,
     "eps": optim.eps,
     "weight_decay": optim.weight_decay,
+    "layer_decay": optim.layer_decay,
     "patch_size": case.config.model.patch_size,
     "recorded_with": f"PyTorch {torch.__version__} on {torch_device()}",
   }

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import pathlib
 import platform
 from collections.abc import Mapping, Sequence
@@ -51,10 +52,18 @@ def environment() -> dict[str, Any]:
 
 
 def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-  """Writes in one piece.
+  """Writes in one piece. Figures that are not finite, which JSON does not have, are text: "nan", "inf", "-inf".
 
   Raises:
     InputError: the file cannot be written.
   """
   with replacing(path) as unfinished:
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    unfinished.write_text(json.dumps(_valid(content), indent=2, allow_nan=False) + "\n")
+
+
+def _valid(content: Any) -> Any:
+  if isinstance(content, Mapping):
+    return {name: _valid(value) for name, value in content.items()}
+  if isinstance(content, (list, tuple)):
+    return [_valid(value) for value in content]
+  return str(content) if isinstance(content, float) and not math.isfinite(content) else content
