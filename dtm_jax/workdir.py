@@ -62,7 +62,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
   """A record or summary, or None where it is not there. Raises InputError where it is damaged."""
   try:
     return json.loads(path.read_text()) if path.exists() else None
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise InputError(f"{path} cannot be read ({error}); use another --workdir") from error
 
 
