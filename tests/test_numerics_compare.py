@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dtm_jax import command_line
-from dtm_jax.numerics import compare, compare_report, depth_figure, matching, report, torch_models
+from dtm_jax.numerics import compare, compare_report, depth_figure, partings, report, torch_models
 from dtm_jax.numerics.__main__ import main
 from dtm_jax.numerics.case import open_case, torch_student
 
@@ -178,8 +178,8 @@ def cosine(degrees: float) -> float:
 )
 def test_the_margin_of_a_parting_is_told(angles, margin):
   reference, other = map(directions, angles)
-  (draw,) = matching.compare_groups(
-    (reference, matching.group_in_torch), (other, matching.group_in_xla), np.array([1]), np.array([1]), True
+  (draw,) = partings.compare_groups(
+    (reference, partings.group_in_torch), (other, partings.group_in_xla), np.array([1]), np.array([1]), True
   )
   (parting,) = draw["partings"]
   assert draw["images_equal"] == 0
@@ -192,8 +192,8 @@ def test_the_margin_of_a_parting_is_told(angles, margin):
 def test_equal_tokens_do_not_part():
   tokens = np.random.default_rng(0).normal(size=(3, 12, 8)).astype(np.float32)
   merges, iterations = np.array([[2, 0], [1, 3], [4, 1]]), np.array([[2, 1], [4, 2], [1, 3]])
-  sides = [(tokens, group) for group in (matching.group_in_torch, matching.group_in_xla)]
-  draws = matching.compare_groups(*sides, merges, iterations, False)
+  sides = [(tokens, group) for group in (partings.group_in_torch, partings.group_in_xla)]
+  draws = partings.compare_groups(*sides, merges, iterations, False)
   assert [draw["partings"] for draw in draws] == [[], []]
   assert draws[0]["merges"] == [1, 2, 4]
 
@@ -201,15 +201,15 @@ def test_equal_tokens_do_not_part():
 def test_a_later_parting_is_found_at_its_iteration():
   rng = np.random.default_rng(1)
   tokens = rng.normal(size=(1, 24, 4)).astype(np.float32)
-  labels = [matching.group_in_torch(tokens, np.array([[2]]), np.array([[i]]), True) for i in (1, 2, 3, 4)]
+  labels = [partings.group_in_torch(tokens, np.array([[2]]), np.array([[i]]), True) for i in (1, 2, 3, 4)]
   for seed in range(50):  # the smallest disturbance that parts late enough
     other = tokens + np.random.default_rng(seed).normal(size=tokens.shape).astype(np.float32) * 0.02
-    again = [matching.group_in_xla(other, np.array([[2]]), np.array([[i]]), True) for i in (1, 2, 3, 4)]
+    again = [partings.group_in_xla(other, np.array([[2]]), np.array([[i]]), True) for i in (1, 2, 3, 4)]
     equal = [np.array_equal(a, b) for a, b in zip(labels, again, strict=True)]
     if equal[:2] == [True, True] and not equal[-1]:
       break
-  (draw,) = matching.compare_groups(
-    (tokens, matching.group_in_torch), (other, matching.group_in_xla), np.array([2]), np.array([4]), True
+  (draw,) = partings.compare_groups(
+    (tokens, partings.group_in_torch), (other, partings.group_in_xla), np.array([2]), np.array([4]), True
   )
   (parting,) = draw["partings"]
   assert parting["iteration"] == 1 + equal.index(False) > 2

@@ -15,7 +15,7 @@ import tqdm
 from dtm_jax.augment import normalize
 from dtm_jax.models.clip import ClipVision
 from dtm_jax.models.vit import ViT
-from dtm_jax.numerics import matching, torch_reference
+from dtm_jax.numerics import partings, torch_reference
 from dtm_jax.numerics.case import (
   Case,
   Inputs,
@@ -60,7 +60,7 @@ class Outcome:
 
   tensors: Mapping[str, np.ndarray]
   targets: np.ndarray
-  group: matching.Group
+  group: partings.Group
 
 
 def pairs(dtype: str) -> list[tuple[Setting, Setting]]:
@@ -109,7 +109,7 @@ def run_xla(case: Case, inputs: Inputs, setting: Setting) -> Outcome:
     tensors, targets, grads, params = jax.tree.map(np.asarray, compute(case.params, teacher_params))
   for prefix, tree in (("gradient", grads), ("updated", params)):
     tensors |= {f"{prefix}/{name}": value for name, value in parameters("student", tree).items()}
-  return Outcome(tensors, targets, matching.group_in_xla)
+  return Outcome(tensors, targets, partings.group_in_xla)
 
 
 def _xla_step(case: Case, inputs: Inputs) -> tuple[Callable, Any]:
@@ -186,7 +186,7 @@ def run_torch(case: Case, inputs: Inputs, setting: Setting) -> Outcome:
   seen["step/token_loss"] = _token_loss(case, inputs, seen["student/tokens"], targets)
   for name, parameter in student.named_parameters():
     keep(f"updated/{name}", parameter)
-  return Outcome(seen, targets, matching.group_in_torch)
+  return Outcome(seen, targets, partings.group_in_torch)
 
 
 def _watch_tower(prefix: str, tower: torch.nn.Module, blocks: torch.nn.ModuleList, keep: Callable) -> None:
@@ -239,7 +239,7 @@ def compare(reference: Outcome, other: Outcome, case: Case, inputs: Inputs) -> d
   """Differences by tensor, in the order of the step, and how the token groups agree."""
   tensors = [difference(name, value, other.tensors[name]) for name, value in reference.tensors.items()]
   protect_first = case.config.morphing.protect_first
-  morphing = matching.compare_groups(
+  morphing = partings.compare_groups(
     *((outcome.targets, outcome.group) for outcome in (reference, other)),
     *(inputs.merges, inputs.iterations, protect_first),
   )
