@@ -1,4 +1,8 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can mend this", and how its message tells names."""
+
+from collections.abc import Iterable
+
+_SHOWN_NAMES = 3
 
 
 class InputError(ValueError):
@@ -7,3 +11,15 @@ class InputError(ValueError):
   The message is a single line that names the thing and the remedy. Commands
   print it without a traceback and leave with exit code 2.
   """
+
+
+def shown(text: str) -> str:
+  """What a file says, for a message: one short line, whatever is in it."""
+  return text if text.isprintable() and len(text) <= 100 else ascii(text)[:100]
+
+
+def some_of(names: Iterable[str]) -> str:
+  """The first names, and how many more."""
+  names = list(names)
+  more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+  return ", ".join(map(shown, names[:_SHOWN_NAMES])) + more

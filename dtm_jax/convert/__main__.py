@@ -17,11 +17,11 @@ import sys
 from typing import Any, NamedTuple
 
 from dtm_jax import console
-from dtm_jax.convert.reading import Report, read_weights, some_of
+from dtm_jax.convert.reading import Report, read_weights
 from dtm_jax.convert.state_dict import file_sha256, weights_file
 from dtm_jax.convert.transfer import TABLES, resize_tables, to_classifier
 from dtm_jax.convert.writing import HUGGING_FACE_FILES, save_hugging_face, save_torch, sizes_of
-from dtm_jax.errors import InputError
+from dtm_jax.errors import InputError, some_of
 
 EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
 # Of other programs' weights files: no name for a folder, unless it is asked for.

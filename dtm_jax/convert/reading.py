@@ -5,7 +5,7 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import ml_dtypes
@@ -14,11 +14,9 @@ import numpy as np
 from dtm_jax.convert import configs, layouts
 from dtm_jax.convert.layouts import Layout, Leaf
 from dtm_jax.convert.state_dict import StateDict, read_state_dict, weights_file
-from dtm_jax.convert.torch_file import shown
-from dtm_jax.errors import InputError
+from dtm_jax.errors import InputError, some_of
 
 _FLOATS = tuple(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)))
-_SHOWN_NAMES = 3
 _REMEDY = "python -m dtm_jax.convert --lenient makes a clean file of it"
 
 
@@ -69,13 +67,6 @@ class Weights(NamedTuple):
   model: dict
   params: dict
   report: Report
-
-
-def some_of(names: Iterable[str]) -> str:
-  """The first names, and how many more."""
-  names = list(names)
-  more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-  return ", ".join(map(shown, names[:_SHOWN_NAMES])) + more
 
 
 def read_weights(path: str | os.PathLike, *, strict: bool = True) -> Weights:

@@ -18,7 +18,7 @@ import zipfile
 import ml_dtypes
 import numpy as np
 
-from dtm_jax.errors import InputError
+from dtm_jax.errors import InputError, shown
 
 DTYPES = {
   "FloatStorage": np.float32,
@@ -37,11 +37,6 @@ _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # magic, name length, extra length (zip APPNOTE 4.3.7)
 _MAX_PICKLE_BYTES = 64 << 20  # a ViT-L with its optimiser state is under 1 MB
 _RESAVE = "re-save the state dict alone: torch.save(model.state_dict(), path)"
-
-
-def shown(text: str) -> str:
-  """What a file says, for a message: one short line, whatever is in it."""
-  return text if text.isprintable() and len(text) <= 100 else ascii(text)[:100]
 
 
 class TorchModule:

@@ -17,10 +17,9 @@ from safetensors.numpy import save_file
 from dtm_jax.convert import layouts
 from dtm_jax.convert.configs import hugging_face_config
 from dtm_jax.convert.layouts import Layout
-from dtm_jax.convert.reading import some_of
 from dtm_jax.convert.state_dict import WEIGHTS_FILES
 from dtm_jax.convert.torch_writer import write_torch
-from dtm_jax.errors import InputError
+from dtm_jax.errors import InputError, some_of
 from dtm_jax.files import replacing
 
 HUGGING_FACE_FILES = (WEIGHTS_FILES[0], "config.json")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dtm_jax.config import to_json
+from dtm_jax.errors import some_of
 from dtm_jax.numerics import depth_figure, report
 from dtm_jax.numerics.case import Case, torch_device
 from dtm_jax.numerics.compare import not_finite
@@ -65,8 +66,7 @@ def describe(comparisons: Comparisons) -> str:
   parts.insert(2, "\n".join(_morphing_lines(comparisons)))
   parts.append("\n".join(_growth_lines(comparisons)))
   if bad := not_finite(comparisons):
-    more = f" and {len(bad) - _LISTED_TENSORS} more" if len(bad) > _LISTED_TENSORS else ""
-    parts.append(f"NOT FINITE: {', '.join(bad[:_LISTED_TENSORS])}{more}")
+    parts.append(f"NOT FINITE: {some_of(bad)}")
   return "\n\n".join(part for part in parts if part)
 
 

@@ -12,7 +12,7 @@ import tqdm
 
 from dtm_jax import config as config_lib
 from dtm_jax.convert import load_torch, to_state_dict
-from dtm_jax.errors import InputError
+from dtm_jax.errors import InputError, some_of
 from dtm_jax.models.clip import ClipVision
 from dtm_jax.models.vit import Classifier, ViT
 from dtm_jax.numerics import report
@@ -183,8 +183,7 @@ def _check_final(trace: Trace, initial: Mapping[str, np.ndarray], file: pathlib.
   }
   for problem, names in problems.items():
     if names:
-      more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-      raise InputError(f"{trace.path} {problem}{', '.join(names[:3])}{more}: it is not of a run that began with {file}")
+      raise InputError(f"{trace.path} {problem}{some_of(names)}: it is not of a run that began with {file}")
 
 
 # ------------------------------------------------------------ report

@@ -9,7 +9,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from dtm_jax.errors import InputError
+from dtm_jax.errors import InputError, some_of
 from dtm_jax.files import replacing
 from dtm_jax.losses import DISTANCES
 
@@ -216,8 +216,7 @@ def _check_values(trace: Trace) -> None:
   everything = trace.arrays | {FINAL + name: value for name, value in trace.final.items()}
   bad = [name for name, value in everything.items() if value.dtype.kind == "f" and not _is_sound(name, value)]
   if bad:
-    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-    raise InputError(f"{', '.join(bad[:3])}{more} hold NaN or infinity")
+    raise InputError(f"{some_of(bad)} hold NaN or infinity")
   if trace.patch_size < 1 or trace.image_size % trace.patch_size:
     raise InputError(f"patch_size {trace.patch_size} does not divide images of {trace.image_size} pixels")
   if trace.kind == "pretrain":
