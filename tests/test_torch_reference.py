@@ -54,7 +54,7 @@ def relative_error(actual: torch.Tensor, expected: np.ndarray) -> float:
 def test_a_machine_without_pytorch_is_told_how_to_install_it(monkeypatch):
   require_torch()
   monkeypatch.setitem(sys.modules, "torch", None)  # which is how Python marks what cannot be imported
-  with pytest.raises(InputError, match=r"needs PyTorch: pip install 'dtm_jax\[test\]'"):
+  with pytest.raises(InputError, match=r"needs PyTorch: pip install -e '.\[test\]'"):
     require_torch()
 
 
