@@ -44,8 +44,9 @@ def _place(path: pathlib.Path) -> pathlib.Path:
   """Where `path` leads. Raises InputError where no file or folder can be."""
   try:
     place = path.resolve()
-    is_odd = not place.name or (place.exists() and not place.is_file() and not place.is_dir())
-  except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+    is_circle = place.is_symlink()  # from Python 3.13 on; a RuntimeError before
+    is_odd = not place.name or is_circle or (place.exists() and not place.is_file() and not place.is_dir())
+  except (OSError, RuntimeError) as error:
     raise InputError(f"cannot write {path} ({error}); choose another place") from error
   if is_odd:
     raise InputError(f"cannot write {path}: it is no file or folder that can be replaced; choose another place")
