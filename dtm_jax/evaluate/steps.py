@@ -20,17 +20,10 @@ def make_feature_fn(config: Config, model: ViT | Classifier | ClipVision) -> Cal
   Of a student the mean of its patch tokens after the final norm, of a classifier what its head is given, of CLIP its
   image embedding.
   """
-  match model:
-    case Classifier():
-      pool = lambda module, images: module.fc_norm(module.features(images)[:, 1:].mean(axis=1))  # noqa: E731
-    case ClipVision():
-      pool = lambda module, images: module(images)[1]  # noqa: E731
-    case _:
-      pool = lambda module, images: module.features(images)[:, 1:].mean(axis=1)  # noqa: E731
 
   def features(params, images):
     normal = normalize(images, config.data.mean, config.data.std)
-    return model.apply({"params": params}, normal, method=pool).astype(jnp.float32)
+    return model.apply({"params": params}, normal, method="pooled").astype(jnp.float32)
 
   return features
 

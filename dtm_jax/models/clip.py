@@ -132,6 +132,10 @@ class ClipVision(nn.Module):
     projected = (x @ projection.astype(self.dtype)).astype(jnp.float32)
     return projected[:, 1:], projected[:, 0]
 
+  def pooled(self, images: jax.Array) -> jax.Array:
+    """float32 [B, height, width, 3] -> float32 [B, K]: CLIP's image embedding alone."""
+    return self(images)[1]
+
   def _embed(self, images: jax.Array) -> jax.Array:
     """Class token, then patches, with their positions: float32 [B, 1 + N, D]."""
     init = nn.initializers.normal(self.width**-0.5)

@@ -206,6 +206,10 @@ class ViT(Backbone, kw_only=True):
     """float32 [B, H, W, 3] -> float32 [B, 1 + N, D]: class and patch tokens after the final norm, nothing masked."""
     return self._encode(images, None, None)
 
+  def pooled(self, images: jax.Array) -> jax.Array:
+    """float32 [B, H, W, 3] -> float32 [B, D]: the mean of the patch tokens of `features`."""
+    return self.features(images)[:, 1:].mean(axis=1)
+
   def _encode(self, images, mask, image_keys):
     return self.norm(self._blocks(self._embed(images, mask, self.mask_token), image_keys, self.rel_pos_bias))
 
@@ -233,9 +237,15 @@ class Classifier(Backbone, kw_only=True):
     Returns:
       float32 [B, num_classes], logits.
     """
-    tokens = self._blocks(self._embed(images), image_keys)
-    return self.head(self.fc_norm(tokens[:, 1:].mean(axis=1))).astype(jnp.float32)
+    return self.head(self._pool(self._blocks(self._embed(images), image_keys))).astype(jnp.float32)
 
   def features(self, images: jax.Array) -> jax.Array:
     """float32 [B, H, W, 3] -> float32 [B, 1 + N, D]: class and patch tokens after the last block."""
     return self._blocks(self._embed(images), None)
+
+  def pooled(self, images: jax.Array) -> jax.Array:
+    """float32 [B, H, W, 3] -> [B, D]: what the head is given."""
+    return self._pool(self.features(images))
+
+  def _pool(self, tokens):
+    return self.fc_norm(tokens[:, 1:].mean(axis=1))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dtm_jax.config import Config, DataConfig
 from dtm_jax.models.vit import ViT
 from dtm_jax.teachers.base import Params, Teacher
-from dtm_jax.teachers.checkpoint import CheckpointTeacher, check_grid, load_release_student
+from dtm_jax.teachers.checkpoint import CheckpointTeacher, check_grid, load_student
 from dtm_jax.teachers.clip import CLIP_MEAN, CLIP_STD, ClipTeacher, load_clip_teacher
 from dtm_jax.teachers.hog import HogTeacher
 from dtm_jax.teachers.pixels import PixelsTeacher
@@ -62,6 +62,6 @@ def _create_checkpoint(config: Config, restore_student) -> tuple[CheckpointTeach
     tower, params, data = restore_student(path)  # it is shown images as it was in its own run
     tower = tower.clone(**options)
   else:
-    tower, params, digest = load_release_student(path, **options)
+    tower, params, digest = load_student(path, **options)
   check_grid(tower, config.grid, config.teacher.weights)
   return CheckpointTeacher(tower, data.mean, data.std, digest), params

@@ -38,7 +38,7 @@ class CheckpointTeacher:
     return self.tower.apply({"params": params}, images, method="features")[:, 1:]
 
 
-def load_release_student(file: pathlib.Path, **options) -> tuple[ViT, Params, str]:
+def load_student(file: pathlib.Path, **options) -> tuple[ViT, Params, str]:
   """Reads a student that the released PyTorch code saved.
 
   Args:
