@@ -27,3 +27,6 @@ class Stream(enum.IntEnum):
   SCHEDULE = 5
   SPLIT = 6
   DROP_PATH = 7
+  RAND_AUGMENT = 8
+  ERASE = 9
+  MIX = 10

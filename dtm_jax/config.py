@@ -9,6 +9,7 @@ dataclasses, which is all that the rest of the library ever sees.
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from typing import Any
@@ -20,7 +21,7 @@ from dtm_jax.errors import InputError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-TASKS = ("pretrain", "evaluate")
+TASKS = ("pretrain", "finetune", "evaluate")
 OF_CHECKPOINT = "checkpoint"  # as a source: the data that the evaluated run was trained on
 SOURCES = ("digits", "tfds", "folder", "synthetic", OF_CHECKPOINT)
 TEACHERS = ("clip", "checkpoint", "hog", "pixels")
@@ -29,6 +30,7 @@ DISTANCES = ("smooth_l1", "l1", "l2", "negative_cosine")
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("matmul", "xla", "cudnn")
 LINEAR_SOLVERS = ("lbfgs", "sgd", "lars")
+BIAS_TABLES = ("both", "shared", "own")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -44,6 +46,61 @@ def _require_positive(section: str, settings: object, *names: str) -> None:
   for name in names:
     value = getattr(settings, name)
     _require(value is None or value > 0, f"config.{section}.{name}={value} must be positive")
+
+
+def _require_fractions(section: str, settings: object, *names: str) -> None:
+  for name in names:
+    value = getattr(settings, name)
+    _require(0 <= value <= 1, f"config.{section}.{name}={value} must be in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class RandAugment:
+  """How RandAugment (Cubuk et al. 2020) distorts an image."""
+
+  magnitude: float  # 0 to 10
+  magnitude_std: float  # of the normal draw around it, for each operation
+  num_ops: int  # operations drawn for an image, with repeats
+  prob: float  # that a drawn operation is applied
+
+
+_RAND_AUGMENT_WORDS = {
+  "m": ("magnitude", float),
+  "mstd": ("magnitude_std", float),
+  "n": ("num_ops", int),
+  "p": ("prob", float),
+  "inc": ("increasing", int),
+}
+
+
+def parse_rand_augment(text: str) -> RandAugment | None:
+  """timm's words for RandAugment, or None for "".
+
+  "m9-mstd0.5-inc1" is magnitude 9 with a spread of 0.5, by operations that all grow stronger with it (`inc1`, the only
+  set here). "n2" and "p0.5" are how many operations and how probable each; these two are timm's defaults.
+
+  Raises:
+    InputError: other words or values.
+  """
+  if not text:
+    return None
+  values = {"magnitude_std": 0.0, "num_ops": 2, "prob": 0.5}
+  for word in text.removeprefix("rand-").split("-"):
+    match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", word)
+    _require(
+      match is not None and match[1] in _RAND_AUGMENT_WORDS,
+      f"config.data.rand_augment={text!r}: {word!r} is not one of m9, mstd0.5, n2, p0.5, inc1",
+    )
+    name, number = _RAND_AUGMENT_WORDS[match[1]]
+    try:
+      values[name] = number(match[2])
+    except ValueError as error:
+      raise InputError(f"config.data.rand_augment={text!r}: {word!r} needs a whole number") from error
+  given = f"config.data.rand_augment={text!r}"
+  _require(values.pop("increasing", 0) == 1, f"{given} needs 'inc1': operations that grow with the magnitude")
+  _require(0 <= values.get("magnitude", -1) <= 10, f"{given} needs a magnitude from m0 to m10")
+  _require(values["num_ops"] > 0 and values["prob"] <= 1, f"{given} needs n1 or more, and p1 or less")
+  return RandAugment(**values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +139,7 @@ class DataConfig:
   flip: float = 0.5  # probability
   color_jitter: float = 0.4  # brightness, contrast and saturation; 0 turns it off
   color_jitter_on: str = "device"  # "host" is the release's order: before the crop
+  rand_augment: str = ""  # in timm's words, such as "m9-mstd0.5-inc1"
   mean: tuple[float, float, float] = IMAGENET_MEAN  # of RGB in [0, 1]
   std: tuple[float, float, float] = IMAGENET_STD
   num_masked: int = 75  # patches per image, exactly
@@ -102,6 +160,7 @@ class DataConfig:
     _require(0 < self.mask_min_aspect <= 1, f"config.data.mask_min_aspect={self.mask_min_aspect} must be in (0, 1]")
     _require(0 <= self.flip <= 1, f"config.data.flip={self.flip} must be in [0, 1]")
     _require(0 <= self.color_jitter < 1, f"config.data.color_jitter={self.color_jitter} must be in [0, 1)")
+    parse_rand_augment(self.rand_augment)
     _require(0 <= self.max_bad_fraction <= 1, f"config.data.max_bad_fraction={self.max_bad_fraction} must be in [0, 1]")
     low, high = self.crop_scale
     _require(0 < low <= high <= 1, f"config.data.crop_scale={self.crop_scale} must be 0 < low <= high <= 1")
@@ -191,6 +250,28 @@ class MorphingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+  """Of task "finetune": where the classifier begins, and what makes classes harder to tell."""
+
+  init: str = ""  # a work folder, a weights file, or a Hugging Face model folder; "" starts from scratch
+  bias_tables: str = "both"  # each block's bias table: its own plus the shared one, only the "shared", only its "own"
+  erase_prob: float = 0.25  # random erasing: a rectangle of noise
+  mixup: float = 0.8  # alpha of the Beta draw; 0 turns it off
+  cutmix: float = 1.0  # alpha of the Beta draw; 0 turns it off
+  cutmix_prob: float = 0.5  # that a step with both cuts instead of mixing
+  label_smoothing: float = 0.1
+
+  def __post_init__(self):
+    _require_choice("finetune.bias_tables", self.bias_tables, BIAS_TABLES)
+    _require_fractions("finetune", self, "erase_prob", "cutmix_prob")
+    _require(0 <= self.label_smoothing < 1, f"config.finetune.label_smoothing={self.label_smoothing} must be in [0, 1)")
+    _require(
+      self.mixup >= 0 and self.cutmix >= 0,
+      f"config.finetune.mixup={self.mixup} and cutmix={self.cutmix} must not be negative",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimConfig:
   """AdamW with linear warm-up from 0 and a cosine to `min_lr`, per step."""
 
@@ -203,6 +284,7 @@ class OptimConfig:
   weight_decay: float = 0.05
   layer_decay: float = 1.0  # of the learning rate, per layer from the head down; 1 is the same rate for all
   clip_norm: float | None = 3.0  # global norm; None does not clip
+  ema_decay: float | None = None  # of an average of the weights, for evaluation; None keeps none
   accumulate_steps: int = 1  # micro-batches per optimiser step
 
   def __post_init__(self):
@@ -211,6 +293,9 @@ class OptimConfig:
     _require(self.warmup_epochs >= 0, f"config.optim.warmup_epochs={self.warmup_epochs} must not be negative")
     _require(self.weight_decay >= 0, f"config.optim.weight_decay={self.weight_decay} must not be negative")
     _require(0 < self.layer_decay <= 1, f"config.optim.layer_decay={self.layer_decay} must be in (0, 1]")
+    _require(
+      self.ema_decay is None or 0 <= self.ema_decay < 1, f"config.optim.ema_decay={self.ema_decay} must be in [0, 1)"
+    )
     _require(all(0 <= b < 1 for b in self.betas), f"config.optim.betas={self.betas} must be in [0, 1)")
 
 
@@ -232,9 +317,10 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-  """What frozen features are worth: k-NN and pictures of a training run, and all of task "evaluate"."""
+  """How a training run is looked at, and all of task "evaluate"."""
 
-  knn: bool = True
+  every_epochs: float | None = None  # of a training run; None evaluates it at the end only
+  knn: bool = True  # of a pre-training run, before and after, and of task "evaluate"
   knn_k: int = 20
   knn_temperature: float = 0.07
   max_train_images: int | None = 50_000  # None is all
@@ -253,6 +339,7 @@ class EvalConfig:
 
   def __post_init__(self):
     _require_positive("eval", self, "knn_k", "knn_temperature", "max_train_images", "max_test_images", "batch_size")
+    _require_positive("eval", self, "every_epochs")
     _require_positive("eval", self, "linear_epochs", "linear_batch_size", "fewshot_seeds")
     _require(self.figure_images >= 0, f"config.eval.figure_images={self.figure_images} must not be negative")
     _require_choice("eval.linear_solver", self.linear_solver, LINEAR_SOLVERS)
@@ -276,6 +363,7 @@ class Config:
   model: ModelConfig = ModelConfig()
   teacher: TeacherConfig = TeacherConfig(weights="openai/clip-vit-base-patch16")
   morphing: MorphingConfig = MorphingConfig()
+  finetune: FinetuneConfig = FinetuneConfig()
   optim: OptimConfig = OptimConfig()
   mesh: MeshConfig = MeshConfig()
   eval: EvalConfig = EvalConfig()
@@ -284,8 +372,12 @@ class Config:
     _require_choice("task", self.task, TASKS)
     if self.task == "evaluate":  # the checkpoint says what the model is
       self._check_evaluation()
+      return
+    self._check_training()
+    if self.task == "pretrain":
+      self._check_pretraining()
     else:
-      self._check_training()
+      self._check_finetuning()
 
   def _check_evaluation(self) -> None:
     _require(
@@ -305,18 +397,28 @@ class Config:
       f" {size // patch * patch or patch} or {(size // patch + 1) * patch} would be",
     )
     _require(
-      self.data.num_masked <= self.num_tokens,
-      f"config.data.num_masked={self.data.num_masked} is over the {self.num_tokens} patches of an image; mask fewer",
-    )
-    _require(
       batch % self.optim.accumulate_steps == 0,
       f"config.data.batch_size={batch} is not divisible by config.optim.accumulate_steps={self.optim.accumulate_steps}",
     )
     _require(
-      self.model.attention != "cudnn" or self.model.dtype == self.teacher.dtype == "bfloat16",
-      "config.model.attention='cudnn' needs config.model.dtype and config.teacher.dtype of 'bfloat16'",
+      self.model.attention != "cudnn" or self.model.dtype == "bfloat16",
+      "config.model.attention='cudnn' needs config.model.dtype of 'bfloat16'",
     )
-    group = self.morphing.group_size
+
+  def _check_pretraining(self) -> None:
+    batch, group = self.data.batch_size, self.morphing.group_size
+    _require(
+      self.data.num_masked <= self.num_tokens,
+      f"config.data.num_masked={self.data.num_masked} is over the {self.num_tokens} patches of an image; mask fewer",
+    )
+    _require(
+      self.model.attention != "cudnn" or self.teacher.dtype == "bfloat16",
+      "config.model.attention='cudnn' needs config.teacher.dtype of 'bfloat16'",
+    )
+    _require(
+      not self.data.rand_augment and self.optim.ema_decay is None,
+      "config.data.rand_augment and config.optim.ema_decay are for config.task='finetune'; leave them out",
+    )
     _require(
       group is None or batch % group == 0,
       f"config.morphing.group_size={group} does not divide config.data.batch_size={batch}",
@@ -331,6 +433,13 @@ class Config:
     )
     _require(
       fixed is None or fixed <= budget, f"config.morphing.fixed_num_merged={fixed} is over the budget of {budget}"
+    )
+
+  def _check_finetuning(self) -> None:
+    _require(
+      not self.data.color_jitter and not self.data.num_masked,
+      "fine-tuning sees whole images, and RandAugment changes their colours: set config.data.color_jitter=0 and"
+      " num_masked=0",
     )
 
   @property
