@@ -1,7 +1,7 @@
 """AdamW with the recipe's schedule, decay mask and clipping, from optax's parts."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,14 +90,49 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+class AverageState(NamedTuple):
+  """Of `average_params`."""
+
+  count: jax.Array  # int32 [], updates averaged
+  average: Any  # float32, as the parameters
+
+
+def average_params(decay: float) -> optax.GradientTransformation:
+  """Leaves updates alone and keeps an exponential moving average of the parameters after them: the chain's last part.
+
+  It begins with the first parameters. The t-th update, from 0, has the decay
+  min(decay, (1 + t) / (10 + t)), by which the average soon forgets them
+  (TensorFlow's `ExponentialMovingAverage` with `num_updates`).
+  """
+
+  def init(params):
+    # Copies, for a state whose buffers are donated must not hold one twice.
+    return AverageState(jnp.int32(0), jax.tree.map(lambda p: jnp.array(p, jnp.float32), params))
+
+  def update(updates, state, params):
+    # 1 minus the decay, from Python's 1 - decay: in float32, 1 - 0.9999 would be off by 2e-4 of itself.
+    new_share = jnp.maximum(1 - decay, 9 / (10 + state.count))
+    average = optax.incremental_update(optax.apply_updates(params, updates), state.average, new_share)
+    return updates, AverageState(state.count + 1, average)
+
+  return optax.GradientTransformation(init, update)
+
+
+def averaged_params(opt_state: optax.OptState) -> Any:
+  """The average that `average_params` keeps, float32; `opt_state` is that of a chain which has it."""
+  return optax.tree_utils.tree_get(opt_state, AverageState.__name__).average
+
+
 def create_optimizer(config: OptimConfig, schedule: Schedule) -> optax.GradientTransformation:
-  """Clipping, then AdamW with decoupled decay, as `torch.optim.AdamW` computes it, at each layer's learning rate."""
+  """Clipping, AdamW with decoupled decay as `torch.optim.AdamW` has it, each layer's learning rate, an average."""
   clip = optax.identity() if config.clip_norm is None else clip_by_global_norm(config.clip_norm)
   layers = optax.identity() if config.layer_decay == 1 else scale_by_layer(config.layer_decay)
+  average = [] if config.ema_decay is None else [average_params(config.ema_decay)]
   return optax.chain(
     clip,
     optax.scale_by_adam(*config.betas, eps=config.eps),
     optax.add_decayed_weights(config.weight_decay, decay_mask),
     layers,
     optax.scale_by_learning_rate(schedule),
+    *average,
   )

@@ -1,5 +1,7 @@
 """The fine-tuning step against a recorded PyTorch run, and its switches against each other."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 from dtm_jax import config as config_lib
 from dtm_jax.models.vit import Classifier
 from dtm_jax.optim import create_optimizer, layer_scales
-from dtm_jax.steps.finetune import make_train_step
+from dtm_jax.steps.finetune import augment, make_train_step
 from dtm_jax.train_state import create_train_state
 
 SIZES = {"width": 24, "depth": 2, "heads": 2, "layer_scale": 1.0, "patch_size": 8, "grid": (4, 4), "num_classes": 5}
@@ -28,7 +30,7 @@ def make_config(**changes) -> config_lib.Config:
 def make_batch(config: config_lib.Config) -> dict[str, np.ndarray]:
   rng, data = np.random.default_rng(0), config.data
   images = rng.integers(256, size=(data.batch_size, data.image_size, data.image_size, 3), dtype=np.uint8)
-  return {"image": images, "target": rng.dirichlet(np.ones(5), data.batch_size).astype(np.float32)}
+  return {"image": images, "label": rng.integers(5, size=data.batch_size, dtype=np.int32)}
 
 
 def build(config: config_lib.Config):
@@ -37,7 +39,8 @@ def build(config: config_lib.Config):
   optimizer = create_optimizer(config.optim, schedule := lambda step: 1e-3)
   params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
   params["head"]["kernel"] *= 1e3  # a new head gives every class the same score
-  return create_train_state(params, optimizer), jax.jit(make_train_step(config, model, optimizer, schedule))
+  prepare = functools.partial(augment, config, SIZES["num_classes"])
+  return create_train_state(params, optimizer), jax.jit(make_train_step(config, model, optimizer, schedule, prepare))
 
 
 def test_micro_batches_equal_the_big_batch():

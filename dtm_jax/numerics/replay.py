@@ -114,7 +114,8 @@ def _pretrain_step(trace, config, student, teacher_file, optimizer, schedule) ->
 def _finetune_step(trace, config, model, optimizer, schedule) -> Step:
   if model.num_classes != trace["targets"].shape[-1]:
     raise InputError(f"the model tells {model.num_classes} classes apart, the targets {trace['targets'].shape[-1]}")
-  step = jax.jit(finetune.make_train_step(config, model, optimizer, schedule))
+  recorded = lambda step, batch: (batch["image"], batch["target"])  # noqa: E731
+  step = jax.jit(finetune.make_train_step(config, model, optimizer, schedule, recorded))
   return lambda state, i: step(state, {"image": _images(trace, i), "target": _float32(trace["targets"][i])})
 
 

@@ -1,4 +1,4 @@
-"""One step of fine-tuning: classify, compare with soft labels, update."""
+"""One step of fine-tuning: augment, classify, compare with soft labels, update."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from dtm_jax.augment import normalize, to_unit
+from dtm_jax.augment import mix, normalize, random_erase, smooth_labels
 from dtm_jax.axes import Stream
 from dtm_jax.config import Config
 from dtm_jax.models.vit import Classifier
@@ -15,10 +15,15 @@ from dtm_jax.steps.accumulation import Metrics, Rows, accumulate
 from dtm_jax.train_state import TrainState, apply_gradients, image_keys, stream_key
 
 TrainStep = Callable[[TrainState, Rows], tuple[TrainState, Metrics]]
+Prepare = Callable[[jax.Array, Rows], tuple[jax.Array, jax.Array]]
 
 
 def make_train_step(
-  config: Config, model: Classifier, optimizer: optax.GradientTransformation, schedule: Schedule
+  config: Config,
+  model: Classifier,
+  optimizer: optax.GradientTransformation,
+  schedule: Schedule,
+  prepare: Prepare,
 ) -> TrainStep:
   """Builds the pure function of one optimiser step.
 
@@ -27,21 +32,23 @@ def make_train_step(
     model: the classifier.
     optimizer: changes its parameters.
     schedule: learning rate of a step, for the metrics.
+    prepare: `(step, batch) -> (images, targets)` of the global batch, float32 [B, S, S, 3], normalised, and
+      [B, C], rows that sum to 1; `functools.partial(augment, config, num_classes)` in training.
 
   Returns:
-    `(state, batch) -> (state, metrics)`, to be jitted. `batch` is the global
-    batch: `image` uint8 [B, S, S, 3] and `target` float32 [B, C], rows that sum
-    to 1. Metrics are float32 scalars: `loss`, the cross-entropy; `grad_norm`
+    `(state, batch) -> (state, metrics)`, to be jitted. `batch` is what `prepare`
+    takes. Metrics are float32 scalars: `loss`, the cross-entropy; `grad_norm`
     (before clipping); `lr`.
   """
 
   def loss(params, rows):
-    images = normalize(to_unit(rows["image"]), config.data.mean, config.data.std)
-    logits = model.apply({"params": params}, images, rows.get("drop_path_keys"))
+    logits = model.apply({"params": params}, rows["image"], rows.get("drop_path_keys"))
     return optax.softmax_cross_entropy(logits, rows["target"]).mean()
 
   def train_step(state, batch):
-    rows = batch | _row_keys(config, state.step)
+    # Before the batch is split into micro-batches: an image's partner may be in another one.
+    images, targets = prepare(state.step, batch)
+    rows = {"image": images, "target": targets} | _row_keys(config, state.step)
     value, grads = accumulate(
       lambda rows: jax.value_and_grad(loss)(state.params, rows), rows, config.optim.accumulate_steps
     )
@@ -50,6 +57,34 @@ def make_train_step(
     return state, {"loss": value, "grad_norm": grad_norm, "lr": lr}
 
   return train_step
+
+
+def augment(config: Config, num_classes: int, step: jax.Array, batch: Rows) -> tuple[jax.Array, jax.Array]:
+  """What the classifier sees and shall say at one step: erased, smoothed and mixed.
+
+  Args:
+    config: of the run.
+    num_classes: C.
+    step: int32 [], of which all draws are a function.
+    batch: the global batch, `image` uint8 [B, S, S, 3] and `label` int32 [B].
+
+  Returns:
+    Images, float32 [B, S, S, 3], normalised, and targets, float32 [B, C].
+  """
+  settings, seed = config.finetune, config.run.seed
+  images = normalize(batch["image"], config.data.mean, config.data.std)
+  if settings.erase_prob:
+    keys = image_keys(stream_key(seed, Stream.ERASE, step), len(images))
+    images = random_erase(keys, images, settings.erase_prob)
+  targets = smooth_labels(batch["label"], num_classes, settings.label_smoothing)
+  return mix(
+    stream_key(seed, Stream.MIX, step),
+    images,
+    targets,
+    mixup=settings.mixup,
+    cutmix=settings.cutmix,
+    cutmix_prob=settings.cutmix_prob,
+  )
 
 
 def _row_keys(config: Config, step: jax.Array) -> dict[str, Any]:
