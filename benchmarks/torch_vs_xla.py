@@ -53,10 +53,10 @@ from common import alternate, argument_parser, median_ratio, quartiles, report, 
 
 from dtm_jax.config import ATTENTIONS, DTYPES, Config, DataConfig, ModelConfig, RunConfig, TeacherConfig
 from dtm_jax.convert import from_state_dict
-from dtm_jax.experiment import create_student
 from dtm_jax.losses import dtm_loss, token_loss
 from dtm_jax.models.clip import ClipVision
 from dtm_jax.models.variants import VARIANTS
+from dtm_jax.networks import create_student
 from dtm_jax.numerics import torch_models, torch_reference
 from dtm_jax.optim import create_optimizer, warmup_cosine
 from dtm_jax.steps.pretrain import draw_schedules, make_train_step

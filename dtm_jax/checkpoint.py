@@ -11,6 +11,7 @@ from dtm_jax.errors import InputError
 from dtm_jax.train_state import TrainState
 
 FOLDER = "checkpoints"
+BEST_FOLDER = "best"  # with the highest score so far
 
 
 class CheckpointStore:
@@ -21,8 +22,8 @@ class CheckpointStore:
   middle finds the checkpoint before it.
   """
 
-  def __init__(self, workdir: pathlib.Path, *, keep: int | None = None):
-    self._folder = workdir.resolve() / FOLDER
+  def __init__(self, workdir: pathlib.Path, *, keep: int | None = None, folder: str = FOLDER):
+    self._folder = workdir.resolve() / folder
     writes = keep is not None  # what looks unfinished may be the work of a run that goes on
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=writes, cleanup_tmp_directories=writes)
     try:

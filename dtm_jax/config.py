@@ -475,8 +475,21 @@ class Config:
 
 
 def base() -> config_dict.ConfigDict:
-  """The paper's ViT-B/16 recipe as a ConfigDict, for a config file to change."""
+  """The paper's pre-training recipe for ViT-B/16 as a ConfigDict, for a config file to change."""
   return _to_config_dict(Config())
+
+
+def finetune_base() -> config_dict.ConfigDict:
+  """The paper's fine-tuning recipe for ViT-B/16 as a ConfigDict, for a config file to change."""
+  config = base()
+  config.task = "finetune"
+  config.run.epochs = 100.0
+  config.data.update(batch_size=1024, num_masked=0, color_jitter=0.0)
+  config.data.update(crop_scale=(0.08, 1.0), rand_augment="m9-mstd0.5-inc1")
+  config.optim.update(base_lr=5e-4, base_batch_size=1024, min_lr=1e-6, warmup_epochs=20.0)
+  config.optim.update(betas=(0.9, 0.999), layer_decay=0.65, clip_norm=None, ema_decay=0.9999)
+  config.eval.update(every_epochs=1.0, max_test_images=None)
+  return config
 
 
 def _to_config_dict(settings: object) -> config_dict.ConfigDict:
@@ -565,10 +578,11 @@ _FREE_SETTINGS = (
   *("model.attention", "model.scan_layers", "model.remat", "mesh."),
 )
 _FREE_SETTINGS_OF = {
-  "pretrain": (*_FREE_SETTINGS, "teacher.weights", "eval."),
+  "pretrain": (*_FREE_SETTINGS, "teacher.weights", "eval.", "finetune."),
+  "finetune": (*_FREE_SETTINGS, "teacher.", "morphing.", "eval."),
   # The checkpoint's parameters are checked; how they came to be does not matter.
   "evaluate": (
-    *(*_FREE_SETTINGS, "teacher.", "morphing.", "optim."),
+    *(*_FREE_SETTINGS, "teacher.", "morphing.", "finetune.", "optim."),
     *("eval.checkpoint", "eval.batch_size", "eval.figure_images"),
   ),
 }
@@ -606,8 +620,9 @@ def _smoke(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   config.data.batch_size = 8
   config.data.num_workers = 0
   config.data.image_size = 4 * config.model.patch_size
-  config.data.num_masked = 6
-  config.data.mask_min_block = 2
+  if config.task == "pretrain":
+    config.data.num_masked = 6
+    config.data.mask_min_block = 2
   config.model.variant = "tiny"
   config.model.dtype = "float32"
   config.teacher.kind = "hog"

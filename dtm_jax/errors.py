@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this", and how its message tells names."""
+"""What the user can mend, how its message tells names, and that the user wants to stop."""
 
 from collections.abc import Iterable
 
@@ -11,6 +11,10 @@ class InputError(ValueError):
   The message is a single line that names the thing and the remedy. Commands
   print it without a traceback and leave with exit code 2.
   """
+
+
+class StoppedError(Exception):
+  """The user asked to stop before all images were seen."""
 
 
 def shown(text: str) -> str:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from absl import logging
@@ -16,54 +15,17 @@ from jax.sharding import Mesh
 
 from dtm_jax import metrics, sharding
 from dtm_jax import workdir as workdirs
-from dtm_jax.checkpoint import FOLDER as CHECKPOINT_FOLDER
 from dtm_jax.config import OF_CHECKPOINT, Config, to_json
-from dtm_jax.convert import read_weights
 from dtm_jax.data.sources import Source, open_source
 from dtm_jax.data.transforms import RESAMPLER
-from dtm_jax.errors import InputError
+from dtm_jax.errors import InputError, StoppedError
 from dtm_jax.evaluate import linear_probe
-from dtm_jax.evaluate.features import FeatureExtractor, Features, StoppedError, check_labels
+from dtm_jax.evaluate.features import FeatureExtractor, Features, check_labels
 from dtm_jax.evaluate.knn import knn_accuracy
 from dtm_jax.evaluate.steps import make_feature_fn
-from dtm_jax.experiment import restore_run
 from dtm_jax.files import replacing
-from dtm_jax.models.clip import ClipVision
-from dtm_jax.models.vit import Classifier, ViT
-from dtm_jax.train_state import params_sha256
+from dtm_jax.restore import Checkpoint, open_checkpoint
 from dtm_jax.workdir import CONFIG_FILE, RUN_AGAIN, SUMMARY_FILE, write_json
-
-# Layer scale is only the initial value of parameters that a weights file has.
-_MODULES = {
-  "student": functools.partial(ViT, layer_scale=0.0),
-  "classifier": functools.partial(Classifier, layer_scale=0.0),
-  "clip_vision": ClipVision,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-  """A model to evaluate.
-
-  Attributes:
-    path: where it is from.
-    kind: "student", "classifier" or "clip_vision".
-    step: of training, or 0 for a weights file, which does not say.
-    model: the module.
-    params: its parameters, numpy.
-    config: of the run, or None for a weights file.
-  """
-
-  path: pathlib.Path
-  kind: str
-  step: int
-  model: nn.Module
-  params: Any
-  config: Config | None
-
-  @functools.cached_property
-  def sha256(self) -> str:
-    return params_sha256(self.params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,23 +63,14 @@ def build(config: Config) -> Parts:
 
 
 def read_checkpoint(config: Config) -> Checkpoint:
-  """Reads `config.eval.checkpoint`: the newest checkpoint of a work folder, or weights.
+  """Reads `config.eval.checkpoint`.
 
   Raises:
     InputError: it is not given, not there, or no model.
   """
   if not config.eval.checkpoint:
     raise InputError("give config.eval.checkpoint: the work folder of a run, or a weights file")
-  path = pathlib.Path(config.eval.checkpoint).expanduser()
-  if not path.exists():
-    raise InputError(f"config.eval.checkpoint={config.eval.checkpoint!r} does not exist; check the path")
-  if (path / CHECKPOINT_FOLDER).is_dir():
-    run = restore_run(path)
-    student = run.student.clone(attention=config.model.attention)
-    return Checkpoint(path, "student", run.step, student, run.params, run.config)
-  kind, sizes, params, _ = read_weights(path)
-  options = {"dtype": np.dtype(config.model.dtype), "attention": config.model.attention}
-  return Checkpoint(path, kind, 0, _MODULES[kind](**sizes, **options), params, None)
+  return open_checkpoint(config.eval.checkpoint, dtype=config.model.dtype, attention=config.model.attention)
 
 
 def with_data_of(checkpoint: Checkpoint, config: Config) -> Config:
@@ -213,10 +166,10 @@ def _evaluate(parts: Parts, workdir: pathlib.Path, stop_requested: Callable[[], 
     *(checkpoint.kind, checkpoint.path, config.data.source, config.data.image_size),
     *(jax.device_count(), jax.default_backend()),
   )
-  feature_fn = make_feature_fn(config, checkpoint.model)
-  extract = FeatureExtractor(config, parts.mesh, feature_fn, checkpoint.params, stop_requested)
-  train = extract(parts.train_source, config.eval.max_train_images, "training images")
-  test = extract(parts.test_source, config.eval.max_test_images, "test images")
+  extract = FeatureExtractor(config, parts.mesh, make_feature_fn(config, checkpoint.model))
+  extract = functools.partial(extract, checkpoint.params, stop_requested=stop_requested)
+  train = extract(parts.train_source, config.eval.max_train_images, title="training images")
+  test = extract(parts.test_source, config.eval.max_test_images, title="test images")
   if config.eval.save_features:
     save_features(workdir / "features_train.npz", train)
     save_features(workdir / "features_test.npz", test)

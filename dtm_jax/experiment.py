@@ -1,89 +1,55 @@
-"""A run from its config: builds the parts, trains, evaluates, and leaves the work folder behind."""
+"""A training run, whatever its task: restores or begins, trains, evaluates, and leaves the work folder behind."""
 
+import abc
 import contextlib
 import dataclasses
-import functools
 import pathlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
 from absl import logging
 from jax.sharding import Mesh
 
-from dtm_jax import figures, loop, metrics, sharding
+from dtm_jax import loop, metrics, sharding
 from dtm_jax import workdir as workdirs
-from dtm_jax.axes import Stream
-from dtm_jax.checkpoint import FOLDER as CHECKPOINT_FOLDER
-from dtm_jax.checkpoint import CheckpointStore
-from dtm_jax.config import Config, DataConfig, from_json, to_json
+from dtm_jax.checkpoint import BEST_FOLDER, CheckpointStore
+from dtm_jax.config import Config, to_json
 from dtm_jax.data.pipeline import BadImageMonitor, Batch, eval_batches, train_batches
 from dtm_jax.data.sources import Source, open_source
 from dtm_jax.data.transforms import RESAMPLER
-from dtm_jax.errors import InputError
-from dtm_jax.evaluate.features import FeatureExtractor
-from dtm_jax.evaluate.knn import knn_accuracy
-from dtm_jax.evaluate.steps import make_feature_fn, make_label_fn
-from dtm_jax.models.variants import VARIANTS
-from dtm_jax.models.vit import ViT
+from dtm_jax.errors import InputError, StoppedError
+from dtm_jax.networks import init_params
 from dtm_jax.optim import Schedule, create_optimizer, warmup_cosine
-from dtm_jax.steps.pretrain import draw_schedules, make_train_step
-from dtm_jax.teachers import Teacher, create_teacher
-from dtm_jax.train_state import TrainState, create_train_state, params_sha256, stream_key
+from dtm_jax.restore import abstract_state
+from dtm_jax.train_state import TrainState, create_train_state, params_sha256
 from dtm_jax.workdir import CONFIG_FILE, SUMMARY_FILE, read_json, write_json
+
+StopRequested = Callable[[], bool]
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
-  """All that a run is made of, before its first step."""
+class Setup:
+  """What any training run is made of, but for its model."""
 
   config: Config
   mesh: Mesh
   train_source: Source
   eval_source: Source
-  student: ViT
-  teacher: Teacher
-  teacher_params: Any  # on the devices; not part of the train state
   optimizer: optax.GradientTransformation
   schedule: Schedule
   total_steps: int
 
-  def create_state(self) -> TrainState:
-    """A new state, on the devices."""
-    return jax.jit(self._create_state, out_shardings=sharding.replicated(self.mesh))()
 
-  def abstract_state(self) -> TrainState:
-    """The state's shapes, dtypes and shardings, to restore to."""
-    return _abstract(self._create_state, sharding.replicated(self.mesh))
-
-  def _create_state(self) -> TrainState:
-    return create_train_state(init_params(self.config, self.student), self.optimizer)
-
-  @functools.cached_property
-  def jitted_step(self):
-    """`(state, teacher_params, batch) -> (state, metrics)`, compiled once; gives its state's memory away."""
-    draw = functools.partial(draw_schedules, self.config)
-    step = make_train_step(self.config, self.student, self.teacher, self.optimizer, self.schedule, draw)
-    replicated, split = sharding.replicated(self.mesh), sharding.batch_sharding(self.mesh)
-    return jax.jit(step, in_shardings=(replicated, replicated, split), out_shardings=replicated, donate_argnums=0)
-
-  def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-    return self.jitted_step(state, self.teacher_params, batch)
-
-  def place(self, batch: loop.HostBatch) -> Any:
-    """The part of a host batch that the device needs, as global arrays."""
-    needed = {name: batch[name] for name in ("image", "mask")}
-    return sharding.to_global(needed, sharding.batch_sharding(self.mesh))
-
-
-def build(config: Config) -> Parts:
-  """Opens the data, the teacher and the devices.
+def open_setup(config: Config) -> Setup:
+  """Opens the data and the devices.
 
   Raises:
-    InputError: any of them is missing or does not fit the others.
+    InputError: they are missing or do not fit the settings.
   """
   if jax.process_count() > 1:
     raise InputError("several processes are not supported yet; start one process for all local devices")
@@ -94,98 +60,98 @@ def build(config: Config) -> Parts:
   sharding.check_batch_size(micro_batch, mesh, "config.data.batch_size / config.optim.accumulate_steps")
   sharding.check_batch_size(config.eval.batch_size, mesh, "config.eval.batch_size")
   train_source, eval_source = (open_source(config.data, split) for split in ("train", "eval"))
-  teacher, teacher_params = create_teacher(config, restore_student)
   total_steps = config.total_steps(len(train_source))
   warmup_steps = min(config.warmup_steps(len(train_source)), total_steps)
   schedule = warmup_cosine(config.peak_lr, config.optim.min_lr, warmup_steps, total_steps)
-  return Parts(
-    config=config,
-    mesh=mesh,
-    train_source=train_source,
-    eval_source=eval_source,
-    student=create_student(config, teacher.out_dim),
-    teacher=teacher,
-    teacher_params=jax.device_put(teacher_params, sharding.replicated(mesh)),
-    optimizer=create_optimizer(config.optim, schedule),
-    schedule=schedule,
-    total_steps=total_steps,
-  )
+  optimizer = create_optimizer(config.optim, schedule)
+  return Setup(config, mesh, train_source, eval_source, optimizer, schedule, total_steps)
 
 
-def create_student(config: Config, out_dim: int) -> ViT:
-  """The configured student for targets of width `out_dim`."""
-  model = config.model
-  return ViT(
-    **VARIANTS[model.variant]._asdict(),
-    patch_size=model.patch_size,
-    grid=config.grid,
-    out_dim=out_dim,
-    drop_path=model.drop_path,
-    dtype=np.dtype(model.dtype),
-    attention=model.attention,
-    scan_layers=model.scan_layers,
-    remat=model.remat,
-  )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts(Setup, abc.ABC):
+  """All that a run is made of before its first step, and what only its task knows: a subclass for each task."""
+
+  batch_fields: ClassVar[tuple[str, ...]]  # what the device needs of a host batch
+  recorded_inputs: ClassVar[tuple[str, ...]]  # entries of `record` that a resumed run has to share
+  scores: ClassVar[tuple[str, ...]]  # what of `evaluate` tells how good the model is; the first is always there
+  is_evaluated_untrained: ClassVar[bool]  # before the first step, too
+  keeps_best: ClassVar[bool]  # the checkpoint with the highest score, beside the newest ones
+
+  model: nn.Module
+
+  @property
+  @abc.abstractmethod
+  def title(self) -> str:
+    """What is done, for the log."""
+
+  @abc.abstractmethod
+  def record(self) -> dict[str, Any]:
+    """Entries of `config.json` that only the task knows."""
+
+  @abc.abstractmethod
+  def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step, compiled once; gives its state's memory away."""
+
+  @property
+  @abc.abstractmethod
+  def is_evaluated(self) -> bool:
+    """Whether there is anything to evaluate."""
+
+  @abc.abstractmethod
+  def evaluate(self, state: TrainState, stop_requested: StopRequested) -> dict[str, float]:
+    """What the model is worth. Raises StoppedError where it was asked to stop."""
+
+  @abc.abstractmethod
+  def draw(self, workdir: pathlib.Path, writer: metrics.MetricWriter) -> None:
+    """Pictures of the finished run."""
+
+  @abc.abstractmethod
+  def results(self, writer: metrics.MetricWriter) -> dict[str, Any]:
+    """Entries of `summary.json` that only the task knows."""
+
+  def begin(self) -> tuple[TrainState, str]:
+    """The state before the first step, and the SHA-256 of the weights that it comes from ("" for none)."""
+    return self.create_state(), ""
+
+  def create_state(self) -> TrainState:
+    """A new state with parameters drawn from the run's seed, on the devices."""
+    return jax.jit(self._create_state, out_shardings=sharding.replicated(self.mesh))()
+
+  def abstract_state(self) -> TrainState:
+    """The state's shapes, dtypes and shardings, to restore to."""
+    return abstract_state(self._create_state, sharding.replicated(self.mesh))
+
+  def _create_state(self) -> TrainState:
+    return create_train_state(init_params(self.config, self.model), self.optimizer)
+
+  def place(self, batch: loop.HostBatch) -> Any:
+    """The part of a host batch that the device needs, as global arrays."""
+    needed = {name: batch[name] for name in self.batch_fields}
+    return sharding.to_global(needed, sharding.batch_sharding(self.mesh))
+
+  @property
+  def evaluate_every(self) -> int:
+    """Steps between evaluations."""
+    if self.config.eval.every_epochs is None:
+      return self.total_steps
+    return max(1, round(self.config.eval.every_epochs * self.config.steps_per_epoch(len(self.train_source))))
+
+  def evaluation_images(self, number: int) -> np.ndarray:
+    """uint8 [n, S, S, 3]: `number` readable images of the evaluation split, or fewer."""
+    batches = eval_batches(self.config, self.eval_source, number, limit=number)
+    with contextlib.closing(batches):
+      batch = next(batches)
+    return batch["image"][batch["valid"]]
 
 
-def init_params(config: Config, student: ViT) -> Any:
-  """The student's initial parameters, from the run's seed."""
-  size = config.data.image_size
-  images, mask = np.zeros((1, size, size, 3), np.float32), np.zeros((1, config.num_tokens), bool)
-  return student.init(stream_key(config.run.seed, Stream.INIT, 0), images, mask)["params"]
-
-
-class Restored(NamedTuple):
-  """What a work folder's newest checkpoint holds, and the settings that it was made with."""
-
-  config: Config
-  step: int
-  student: ViT
-  params: Any  # numpy
-
-
-def restore_student(workdir: pathlib.Path) -> tuple[ViT, Any, DataConfig]:
-  """The student of a work folder's newest checkpoint, its parameters as numpy arrays, and the data it was trained on.
-
-  Raises:
-    InputError: the folder is not that of a run, or has no checkpoint.
-  """
-  restored = restore_run(workdir)
-  return restored.student, restored.params, restored.config.data
-
-
-def restore_run(workdir: pathlib.Path) -> Restored:
-  """Reads the newest checkpoint of a work folder, whatever devices it was saved on.
-
-  Raises:
-    InputError: the folder is not that of a run, its record is damaged, or it has no checkpoint.
-  """
-  record = read_json(workdir / CONFIG_FILE)
-  steps = [path.name for path in (workdir / CHECKPOINT_FOLDER).glob("*") if path.name.isdigit()]
-  if record is None or not steps:
-    raise InputError(f"{workdir} holds no checkpoint of a run; name its work folder, or a weights file")
-  if not isinstance(record, dict) or not isinstance(record.get("target_dim"), int):
-    raise InputError(f"{workdir / CONFIG_FILE} is not the record of a pre-training run; name another work folder")
-  config = from_json(record)
-  student = create_student(config, record["target_dim"])
-  optimizer = create_optimizer(config.optim, lambda step: 0.0)
-  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  like = _abstract(lambda: create_train_state(init_params(config, student), optimizer), here)
-  with contextlib.closing(CheckpointStore(workdir)) as store:
-    state = store.restore(store.latest_step(), like)
-  return Restored(config, int(state.step), student, jax.tree.map(np.asarray, state.params))
-
-
-def _abstract(create: Callable[[], TrainState], where: jax.sharding.Sharding) -> TrainState:
-  """Shapes, dtypes and shardings of a state, to restore to."""
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(create))
-
-
-def run(config: Config, workdir: pathlib.Path, command: str, stop_requested: Callable[[], bool]) -> bool:
+def run(
+  config: Config, build: Callable[[Config], Parts], workdir: pathlib.Path, command: str, stop_requested: StopRequested
+) -> bool:
   """Trains from where the work folder stands to the end, evaluates and writes the summary.
 
   Args:
     config: of the run; has to agree with the work folder's, but for what does not change the outcome.
+    build: opens everything that the run needs.
     workdir: made where it is missing.
     command: how the run was started, for the record.
     stop_requested: asked between steps; True saves and returns.
@@ -206,57 +172,121 @@ def run(config: Config, workdir: pathlib.Path, command: str, stop_requested: Cal
   parts = build(config)
   new_record = _new_record(parts, command)
   if record is not None:
-    workdirs.check_same_inputs(workdir, record, new_record, ("teacher_sha256", "train_images", "resampler"))
-  store = CheckpointStore(workdir, keep=config.run.keep_checkpoints)
-  with contextlib.closing(store), contextlib.closing(metrics.MetricWriter(workdir)) as writer:
-    state = _restore_or_create(parts, store)
-    write_json(workdir / CONFIG_FILE, new_record)
-    if int(state.step) == 0 and config.eval.knn:
-      _evaluate(parts, state, writer)
-    state = _train(parts, state, store, writer, stop_requested)
-    store.wait()
-    if int(state.step) < parts.total_steps:
+    inputs = (*parts.recorded_inputs, "train_images", "resampler")
+    workdirs.check_same_inputs(workdir, record, new_record, inputs)
+  with contextlib.ExitStack() as stack:
+    opened = lambda resource: stack.enter_context(contextlib.closing(resource))  # noqa: E731
+    store = opened(CheckpointStore(workdir, keep=config.run.keep_checkpoints))
+    best = opened(CheckpointStore(workdir, keep=1, folder=BEST_FOLDER)) if parts.keeps_best else None
+    session = _Session(parts, store, best, opened(metrics.MetricWriter(workdir)), stop_requested)
+    state, init_sha256 = session.restore_or_begin(record)
+    write_json(workdir / CONFIG_FILE, new_record | {"init_sha256": init_sha256})
+    state = session.train(state)
+    if not session.finish(state):
       logging.info("stopped and saved at step %d; the same command goes on from there", state.step)
       return False
-    if config.eval.knn:
-      _evaluate(parts, state, writer)
-    _draw(parts, workdir, writer)
-    summary = _summary(parts, state, writer) | {"seconds": round(time.perf_counter() - start, 1)}
+    parts.draw(workdir, session.writer)
+    summary = session.summarize(state) | {"seconds": round(time.perf_counter() - start, 1)}
   write_json(workdir / SUMMARY_FILE, summary)
   _log_summary(workdir, summary)
   return True
 
 
-def _train(parts: Parts, state: TrainState, store: CheckpointStore, writer: metrics.MetricWriter, stop_requested):
-  config = parts.config
-  known = [i for row in writer.rows if row["step"] <= int(state.step) for i in row.get("bad_indices", ())]
-  monitor = BadImageMonitor(parts.train_source, config.data.max_bad_fraction, known)
+@dataclasses.dataclass(frozen=True)
+class _Session:
+  """A run between its start and its end or a stop: its parts, and what lies open of its work folder."""
 
-  def log(step: int, values: dict[str, float]) -> None:
-    store.check()
-    new = monitor.take_new()
-    writer.write(step, values | {"bad_images": monitor.count} | ({"bad_indices": new} if new else {}))
+  parts: Parts
+  store: CheckpointStore
+  best: CheckpointStore | None  # of the highest score, where the task keeps it
+  writer: metrics.MetricWriter
+  stop_requested: StopRequested
 
-  training = loop.Loop(
-    train_step=parts.train_step,
-    place=parts.place,
-    num_steps=parts.total_steps,
-    batch_size=config.data.batch_size,
-    log_every=config.run.log_every_steps,
-    save_every=config.run.checkpoint_every_steps,
-    log=log,
-    save=store.save,
-    stop_requested=stop_requested,
-  )
-  batches = train_batches(
-    config,
-    parts.train_source,
-    start_step=int(state.step),
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
-  with contextlib.closing(batches):
-    return training.run(state, _watch(batches, monitor))
+  def restore_or_begin(self, record: dict[str, Any] | None) -> tuple[TrainState, str]:
+    """The newest state, and the SHA-256 of what the run's parameters came from."""
+    parts, step = self.parts, self.store.latest_step()
+    if step is None:
+      batch_size, devices = parts.config.data.batch_size, (jax.device_count(), jax.default_backend())
+      logging.info(
+        "%s for %d steps of %d images on %d %s device(s)", parts.title, parts.total_steps, batch_size, *devices
+      )
+      return parts.begin()
+    if step > parts.total_steps:
+      raise InputError(
+        f"the checkpoint is at step {step}, beyond the run's end at {parts.total_steps}; raise config.run.steps"
+      )
+    logging.info("resuming at step %d of %d", step, parts.total_steps)
+    return self.store.restore(step, parts.abstract_state()), record["init_sha256"]
+
+  def train(self, state: TrainState) -> TrainState:
+    """Trains to the end, or until asked to stop; returns when all is saved."""
+    parts, config = self.parts, self.parts.config
+    known = [i for row in self.writer.rows if row["step"] <= int(state.step) for i in row.get("bad_indices", ())]
+    monitor = BadImageMonitor(parts.train_source, config.data.max_bad_fraction, known)
+
+    def log(step: int, values: dict[str, float]) -> None:
+      self.store.check()
+      new = monitor.take_new()
+      self.writer.write(step, values | {"bad_images": monitor.count} | ({"bad_indices": new} if new else {}))
+
+    training = loop.Loop(
+      train_step=parts.train_step,
+      place=parts.place,
+      num_steps=parts.total_steps,
+      batch_size=config.data.batch_size,
+      log_every=config.run.log_every_steps,
+      save_every=config.run.checkpoint_every_steps,
+      evaluate_every=parts.evaluate_every,
+      log=log,
+      save=self.store.save,
+      evaluate=self.evaluate,
+      stop_requested=self.stop_requested,
+    )
+    batches = train_batches(
+      config,
+      parts.train_source,
+      start_step=int(state.step),
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    with contextlib.closing(batches):
+      state = training.run(state, _watch(batches, monitor))
+    self.store.wait()
+    return state
+
+  def evaluate(self, state: TrainState) -> None:
+    """Logs what the model is worth, once for each step. Raises StoppedError where it was asked to stop."""
+    parts, writer, step = self.parts, self.writer, int(state.step)
+    if not parts.is_evaluated or (step == 0 and not parts.is_evaluated_untrained):
+      return
+    if writer.find(step, parts.scores[0]) is None:
+      values = parts.evaluate(state, self.stop_requested)
+      writer.write(step, values)
+      told = ", ".join(f"{name} {100 * value:.1f} %" for name, value in values.items())
+      logging.info("step %d: %s", step, told)
+    if self.best is not None and writer.best(parts.scores, until=step).step == step:
+      self.best.save(state)
+
+  def finish(self, state: TrainState) -> bool:
+    """Evaluates the trained model; False where the run was stopped before its end."""
+    if int(state.step) < self.parts.total_steps:
+      return False
+    try:
+      self.evaluate(state)
+    except StoppedError:
+      return False
+    return True
+
+  def summarize(self, state: TrainState) -> dict[str, Any]:
+    writer, last = self.writer, self.parts.total_steps
+    return {
+      "steps": last,
+      "loss": writer.find(last, "loss"),
+      "images_per_second": float(np.median(writer.series("images_per_second")[1])),
+      "bad_images": writer.find(last, "bad_images"),
+      "params_sha256": params_sha256(state.params),
+      **self.parts.results(writer),
+    }
 
 
 def _watch(batches: Iterator[Batch], monitor: BadImageMonitor) -> Iterator[Batch]:
@@ -264,79 +294,6 @@ def _watch(batches: Iterator[Batch], monitor: BadImageMonitor) -> Iterator[Batch
   for batch in batches:
     monitor.observe(batch["bad"])
     yield batch
-
-
-def _restore_or_create(parts: Parts, store: CheckpointStore) -> TrainState:
-  step = store.latest_step()
-  if step is None:
-    logging.info(
-      "training ViT-%s against %s for %d steps of %d images on %d %s device(s)",
-      *(parts.config.model.variant, parts.config.teacher.kind, parts.total_steps, parts.config.data.batch_size),
-      *(jax.device_count(), jax.default_backend()),
-    )
-    return parts.create_state()
-  if step > parts.total_steps:
-    raise InputError(
-      f"the checkpoint is at step {step}, beyond the run's end at {parts.total_steps}; raise config.run.steps"
-    )
-  logging.info("resuming at step %d of %d", step, parts.total_steps)
-  return store.restore(step, parts.abstract_state())
-
-
-def _evaluate(parts: Parts, state: TrainState, writer: metrics.MetricWriter) -> None:
-  """k-NN accuracy of the student's mean patch token, logged at the state's step."""
-  config, num_classes = parts.config, parts.train_source.num_classes
-  if num_classes is None:
-    logging.warning("no k-NN: the images have no classes (config.eval.knn=False says so)")
-    return
-  extract = FeatureExtractor(config, parts.mesh, make_feature_fn(config, parts.student), state.params)
-  train = extract(parts.train_source, config.eval.max_train_images)
-  test = extract(parts.eval_source, config.eval.max_test_images)
-  accuracy = knn_accuracy(
-    *(*train, *test),
-    k=config.eval.knn_k,
-    temperature=config.eval.knn_temperature,
-    num_classes=num_classes,
-    mesh=parts.mesh,
-  )
-  step = int(state.step)
-  writer.write(step, {"knn_top1": accuracy})
-  logging.info("k-NN accuracy at step %d: %.1f %%", step, 100 * accuracy)
-
-
-def _draw(parts: Parts, workdir: pathlib.Path, writer: metrics.MetricWriter) -> None:
-  config = parts.config
-  steps, losses = writer.series("loss")
-  curves = {"loss": losses, "without morphing": writer.series("token_loss")[1]}
-  figures.loss_figure(workdir / "figures" / "loss.png", steps, curves, writer.series("lr")[1])
-  if not config.eval.figure_images:
-    return
-  with contextlib.closing(
-    eval_batches(config, parts.eval_source, config.eval.figure_images, limit=config.eval.figure_images)
-  ) as batches:
-    batch = next(batches)
-  images = batch["image"][batch["valid"]]
-  if not len(images):
-    return
-  settings = figures.morphing_settings(config.morphing_budget, config.morphing.max_iterations // 2)
-  label_fn = jax.jit(make_label_fn(config, parts.teacher, settings))
-  labels = np.asarray(label_fn(parts.teacher_params, images))
-  figures.morphing_figure(workdir / "figures" / "morphing.png", images, labels, settings, config.grid)
-
-
-def _summary(parts: Parts, state: TrainState, writer: metrics.MetricWriter) -> dict[str, Any]:
-  rates = writer.series("images_per_second")[1]
-  summary = {
-    "steps": parts.total_steps,
-    "loss": writer.find(parts.total_steps, "loss"),
-    "images_per_second": float(np.median(rates)),
-    "bad_images": writer.find(parts.total_steps, "bad_images"),
-    "params_sha256": params_sha256(state.params),
-  }
-  after = writer.find(parts.total_steps, "knn_top1")
-  if after is not None:
-    summary |= {"knn_top1_before": writer.find(0, "knn_top1"), "knn_top1": after}
-  return summary
 
 
 def _log_summary(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
@@ -352,20 +309,12 @@ def _new_record(parts: Parts, command: str) -> dict[str, Any]:
   return {
     **to_json(parts.config),
     **workdirs.circumstances(command),
-    "target_dim": parts.teacher.out_dim,
-    "teacher_sha256": _teacher_sha256(parts),
+    **parts.record(),
     "train_images": len(parts.train_source),
     "resampler": RESAMPLER,
     "total_steps": parts.total_steps,
     "peak_lr": parts.config.peak_lr,
   }
-
-
-def _teacher_sha256(parts: Parts) -> str:
-  """Of the weights file, or of the parameters where they come from a work folder; "" for teachers without."""
-  if parts.teacher.weights_sha256 or not parts.teacher_params:
-    return parts.teacher.weights_sha256
-  return params_sha256(parts.teacher_params)
 
 
 def _is_complete(workdir: pathlib.Path, total_steps: int) -> bool:

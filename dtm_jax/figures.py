@@ -1,4 +1,4 @@
-"""Pictures of a run: its token groups and its loss curve.
+"""Pictures of a run: its token groups and its curves.
 
 Figures are built from `matplotlib.figure.Figure`, without pyplot and its global state, and are replaced in one piece.
 """
@@ -142,12 +142,37 @@ def loss_figure(
   lr_panel.plot(steps, learning_rates, color="0.4")
   lr_panel.set_ylim(bottom=0)
   lr_panel.set(xlabel="step", ylabel="learning rate")
-  lr_panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
   lr_panel.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
   for panel in (loss_panel, lr_panel):
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(alpha=0.3)
+    _plain(panel)
   save_figure(figure, path)
+
+
+def accuracy_figure(path: str | os.PathLike, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> None:
+  """Writes a PNG with accuracies over steps, the last of each curve in figures.
+
+  Args:
+    path: file to write; its folder is made where it is missing.
+    curves: steps, ascending, and accuracies in [0, 1], by the name that the legend gives them.
+
+  Raises:
+    InputError: the file cannot be written.
+  """
+  figure = Figure(figsize=(7, 3.5), dpi=DPI, layout="constrained")
+  panel = figure.subplots()
+  for name, (steps, values) in curves.items():
+    percent = 100 * np.asarray(values, float)
+    panel.plot(steps, percent, marker=".", label=f"{name}, {percent[-1]:.1f} % at the end")
+  panel.set(xlabel="step", ylabel="accuracy, %")
+  panel.legend(frameon=False, loc="lower right")
+  _plain(panel)
+  save_figure(figure, path)
+
+
+def _plain(panel: Axes) -> None:
+  panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
+  panel.spines[["top", "right"]].set_visible(False)
+  panel.grid(alpha=0.3)
 
 
 def _draw_loss(panel: Axes, steps: np.ndarray, losses: np.ndarray, name: str, color: str) -> None:

@@ -1,6 +1,7 @@
 """The one training loop: next batch, step, and what is due at intervals. It knows no task."""
 
 import collections
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
+from dtm_jax.errors import StoppedError
 from dtm_jax.train_state import NEVER, TrainState
 
 HostBatch = dict[str, np.ndarray]
@@ -32,8 +34,10 @@ class Loop:
     batch_size: images per step, for images/s.
     log_every: steps between logs; metrics come to the host only then.
     save_every: steps between checkpoints.
+    evaluate_every: steps between evaluations, from step 0 on.
     log: called with (step, metrics).
     save: called with the state; may return before the save is complete.
+    evaluate: called with the state before its step; once more where the run was stopped there. May raise StoppedError.
     stop_requested: asked before each step; True saves and returns.
   """
 
@@ -43,8 +47,10 @@ class Loop:
   batch_size: int
   log_every: int
   save_every: int
+  evaluate_every: int
   log: Callable[[int, dict[str, float]], None]
   save: Callable[[TrainState], None]
+  evaluate: Callable[[TrainState], None]
   stop_requested: Callable[[], bool]
 
   def run(self, state: TrainState, batches: Iterator[HostBatch]) -> TrainState:
@@ -59,7 +65,7 @@ class Loop:
     metrics = None
     with _progress_bar(start, self.num_steps) as bar:
       for step in range(start, self.num_steps):
-        if self.stop_requested():
+        if self.stop_requested() or not self._evaluated(state, step, timer):
           break
         with timer.waiting():
           batch = next(batches)
@@ -79,6 +85,17 @@ class Loop:
           self._save(state, unchecked)
     self._save(state, unchecked)
     return state
+
+  def _evaluated(self, state: TrainState, step: int, timer: "_Timer") -> bool:
+    """Evaluates where that is due; False where it was asked to stop."""
+    if step % self.evaluate_every:
+      return True
+    try:
+      with timer.apart():
+        self.evaluate(state)
+    except StoppedError:
+      return False
+    return True
 
   def _save(self, state: TrainState, unchecked: collections.deque) -> None:
     _check_finite(state, unchecked)
@@ -131,14 +148,19 @@ class _Timer:
     self._batch_size = batch_size
     self._waited, self._start = 0.0, time.perf_counter()
 
-  def waiting(self) -> "_Timer":
-    return self
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """For what is waiting for data."""
+    start = time.perf_counter()
+    yield
+    self._waited += time.perf_counter() - start
 
-  def __enter__(self):
-    self._wait_start = time.perf_counter()
-
-  def __exit__(self, *exc):
-    self._waited += time.perf_counter() - self._wait_start
+  @contextlib.contextmanager
+  def apart(self) -> Iterator[None]:
+    """For what is not training."""
+    start = time.perf_counter()
+    yield
+    self._start += time.perf_counter() - start
 
   def lap(self, steps: int) -> dict[str, float]:
     seconds = time.perf_counter() - self._start

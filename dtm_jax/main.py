@@ -42,9 +42,9 @@ def _run(settings: ConfigDict, workdir: pathlib.Path, command: str) -> int:
   # Not before the options are right: the backend takes seconds to start.
   import jax
 
-  from dtm_jax import config, evaluation, experiment, loop
+  from dtm_jax import config, evaluation, finetuning, loop, pretraining
 
-  tasks = {"pretrain": experiment.run, "evaluate": evaluation.run}
+  tasks = {"pretrain": pretraining.run, "finetune": finetuning.run, "evaluate": evaluation.run}
 
   with _noted_signals() as stop:
     try:

@@ -2,9 +2,18 @@
 
 import json
 import pathlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 FILE = "metrics.jsonl"
+
+
+class Score(NamedTuple):
+  """A value that was logged."""
+
+  step: int
+  name: str
+  value: float
 
 
 class MetricWriter:
@@ -46,6 +55,12 @@ class MetricWriter:
     """Steps and values of one name, in order."""
     pairs = sorted((row["step"], row[name]) for row in self.rows if name in row)
     return [step for step, _ in pairs], [value for _, value in pairs]
+
+  def best(self, names: Sequence[str], *, until: int) -> Score:
+    """The highest of the named values logged up to a step, the first such; there is one."""
+    rows = sorted((row for row in self.rows if row["step"] <= until), key=lambda row: row["step"])
+    scores = [Score(row["step"], name, row[name]) for row in rows for name in names if name in row]
+    return max(scores, key=lambda score: score.value)
 
   def close(self) -> None:
     self._tensorboard.close()

@@ -21,15 +21,17 @@ RANKS = {
   "morphing": 3,
   **dict.fromkeys(("teachers", "losses"), 4),
   **dict.fromkeys(("optim", "sharding", "train_state"), 5),
-  "steps": 6,
+  **dict.fromkeys(("steps", "networks"), 6),
   **dict.fromkeys(("checkpoint", "metrics"), 7),
   "loop": 8,
   **dict.fromkeys(("evaluate", "figures", "workdir"), 9),
-  "experiment": 10,
-  **dict.fromkeys(("command_line", "console"), 10),
-  **dict.fromkeys(("evaluation", "numerics"), 11),
-  "main": 12,
-  "__main__": 13,
+  "restore": 10,
+  "experiment": 11,
+  **dict.fromkeys(("command_line", "console"), 11),
+  **dict.fromkeys(("pretraining", "finetuning", "evaluation"), 12),
+  "numerics": 13,
+  "main": 14,
+  "__main__": 15,
 }
 # Entry points that hand over to what they start, and the lazy public names.
 FREE = {"__init__"}

@@ -17,7 +17,7 @@ import safetensors.numpy
 from PIL import Image
 
 import runs
-from dtm_jax import console, experiment, main, metrics
+from dtm_jax import console, main, metrics, restore
 from dtm_jax.config import from_json
 from dtm_jax.convert.state_dict import read_state_dict
 from dtm_jax.data.pipeline import train_batches
@@ -284,7 +284,7 @@ def two_steps(finished_run, tmp_path):
   shutil.copytree(finished_run, workdir)
 
   def check():
-    _, params, _ = experiment.restore_student(workdir)
+    params = restore.restore_run(workdir).params
     assert params_sha256(params) == runs.summary(finished_run)["params_sha256"]
 
   return workdir, check
@@ -360,7 +360,7 @@ def test_disk_full_while_saving(two_steps, compile_cache):
   workdir, _ = two_steps
   (workdir / "summary.json").unlink()
   shutil.rmtree(workdir / "checkpoints" / "2")
-  _, before, _ = experiment.restore_student(workdir)
+  before = restore.restore_run(workdir).params
   limited = ("bash", "-c", 'ulimit -f 800; exec "$@"', "-")  # KiB; the state takes more, the rest less
   code, stderr = runs.finish(runs.start(runs.options(workdir), compile_cache, devices=8, prefix=limited))
   assert code == 2, stderr
@@ -370,7 +370,7 @@ def test_disk_full_while_saving(two_steps, compile_cache):
   assert "make room" in message
   assert "goes on from step 1" in message
   assert runs.checkpoints(workdir) == [1]
-  _, after, _ = experiment.restore_student(workdir)
+  after = restore.restore_run(workdir).params
   jax.tree.map(np.testing.assert_array_equal, before, after)
   assert main.main(["dtm", *runs.options(workdir)]) == 0
   assert runs.checkpoints(workdir) == [1, 2]
@@ -398,7 +398,7 @@ def test_loss_that_is_not_finite(fails, tmp_path):
   batch = next(train_batches(config, open_source(config.data, "train"), start_step=step))
   assert str(batch["index"].tolist()) in message
   assert runs.checkpoints(workdir)[-1] == step
-  _, params, _ = experiment.restore_student(workdir)
+  params = restore.restore_run(workdir).params
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
   assert not (workdir / "summary.json").exists()
 

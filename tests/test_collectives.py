@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dtm_jax import config as config_lib
-from dtm_jax import experiment, sharding
+from dtm_jax import networks, sharding
 from dtm_jax.models.clip import ClipVision
 from dtm_jax.optim import create_optimizer
 from dtm_jax.steps.pretrain import draw_schedules, make_train_step
@@ -34,7 +34,7 @@ def make_config(**changes) -> config_lib.Config:
 def make_inputs(config: config_lib.Config):
   """The step, and its arguments on the host."""
   teacher = ClipTeacher(TOWER, config.data.mean, config.data.std, weights_sha256="")
-  student = experiment.create_student(config, teacher.out_dim).clone(depth=1)
+  student = networks.create_student(config, teacher.out_dim).clone(depth=1)
   optimizer = create_optimizer(config.optim, schedule := lambda step: 1e-3)
   step = make_train_step(config, student, teacher, optimizer, schedule, functools.partial(draw_schedules, config))
   rng, size = np.random.default_rng(0), config.data.image_size
@@ -42,7 +42,7 @@ def make_inputs(config: config_lib.Config):
     "image": rng.integers(256, size=(config.data.batch_size, size, size, 3), dtype=np.uint8),
     "mask": rng.random((config.data.batch_size, config.num_tokens)) < 0.5,
   }
-  state = jax.jit(lambda: create_train_state(experiment.init_params(config, student), optimizer))()
+  state = jax.jit(lambda: create_train_state(networks.init_params(config, student), optimizer))()
   teacher_params = jax.jit(TOWER.init)(jax.random.key(1), np.zeros((1, size, size, 3), np.float32))["params"]
   return step, jax.device_get((state, teacher_params)) + (batch,)
 

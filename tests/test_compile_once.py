@@ -9,7 +9,7 @@ import pytest
 
 from configs import quickstart
 from dtm_jax import config as config_lib
-from dtm_jax import experiment
+from dtm_jax import pretraining
 from dtm_jax.data.pipeline import train_batches
 from dtm_jax.steps.pretrain import draw_schedules
 
@@ -36,7 +36,7 @@ def test_fifty_draws_compile_once(granularity, compile_cache):
   settings = quickstart.get_config("smoke")
   settings.morphing.granularity = granularity
   settings.data.image_size = 32  # 64 tokens: enough for fifty draws to differ
-  parts = experiment.build(config_lib.resolve(settings))
+  parts = pretraining.build(config_lib.resolve(settings))
   batches = train_batches(parts.config, parts.train_source, start_step=0)
   state = parts.create_state()
   with compilations_logged() as messages, contextlib.closing(batches):

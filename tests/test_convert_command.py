@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtm_jax import experiment
+from dtm_jax import networks, restore
 from dtm_jax.checkpoint import CheckpointStore
 from dtm_jax.config import Config, DataConfig, ModelConfig, to_json
 from dtm_jax.convert import __main__ as command
@@ -94,8 +94,8 @@ def work_folder(workdir: pathlib.Path) -> None:
   """As a run leaves it, of random parameters: training would take ten times as long."""
   data = DataConfig(source="synthetic", image_size=32, num_masked=8)
   config = Config(data=data, model=ModelConfig(variant="tiny", patch_size=8))
-  student = experiment.create_student(config, 24)
-  shapes = jax.eval_shape(lambda: experiment.init_params(config, student))
+  student = networks.create_student(config, 24)
+  shapes = jax.eval_shape(lambda: networks.init_params(config, student))
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
   state = create_train_state(params, create_optimizer(config.optim, lambda step: 0.0))
@@ -107,7 +107,8 @@ def work_folder(workdir: pathlib.Path) -> None:
 def test_a_work_folder(tmp_path, capsys):
   work_folder(tmp_path / "run")
   assert convert(tmp_path / "run", tmp_path / "out.pth") == 0
-  student, params, _ = experiment.restore_student(tmp_path / "run")
+  run = restore.restore_run(tmp_path / "run")
+  student, params = run.model, run.params
   assert params_sha256(params) in capsys.readouterr().out
   kind, model, written = load_torch(tmp_path / "out.pth")
   assert kind == "student"

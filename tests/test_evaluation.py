@@ -12,7 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 import runs
 from configs import evaluate
 from dtm_jax import config as config_lib
-from dtm_jax import evaluation, experiment, main
+from dtm_jax import evaluation, main, restore
 from dtm_jax.augment import normalize
 from dtm_jax.config import DataConfig
 from dtm_jax.convert import load_torch
@@ -209,7 +209,7 @@ def test_a_record_of_an_earlier_version_is_read(run, tmp_path):
     del record["eval"][name]
   del record["optim"]["layer_decay"]
   (copy / "config.json").write_text(json.dumps(record))
-  restored = experiment.restore_run(copy)
+  restored = restore.restore_run(copy)
   assert params_sha256(restored.params) == runs.summary(run)["params_sha256"]
   assert restored.config.optim.layer_decay == 1.0
   assert main.main(["dtm", *runs.options(copy, eval__knn=True)]) == 0  # complete, and the same run

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dtm_jax.errors import StoppedError
 from dtm_jax.loop import Loop, NonFiniteError
 from dtm_jax.train_state import NEVER, TrainState
 
@@ -13,7 +14,7 @@ def new_state(step: int = 0) -> TrainState:
   return TrainState(jnp.int32(step), {"w": jnp.float32(step)}, (), jnp.int32(NEVER))
 
 
-def run(state, train_step, *, stop_after=100, num_steps=10):
+def run(state, train_step, *, stop_after=100, num_steps=10, evaluate=lambda state: None):
   """Steps that were logged, and the (step, w) that were saved, when they end or fail."""
   logged, saved, asked = [], [], iter(range(10**6))
   loop = Loop(
@@ -23,8 +24,10 @@ def run(state, train_step, *, stop_after=100, num_steps=10):
     batch_size=2,
     log_every=4,
     save_every=3,
+    evaluate_every=4,
     log=lambda step, metrics: logged.append((step, metrics["loss"])),
     save=lambda state: saved.append((int(state.step), float(state.params["w"]))),
+    evaluate=evaluate,
     stop_requested=lambda: next(asked) >= stop_after,
   )
   batches = ({"index": np.array([2 * i, 2 * i + 1])} for i in range(int(state.step), 10**6))
@@ -54,6 +57,25 @@ def test_goes_on_from_the_step_of_the_state():
   logged, saved, _ = run(new_state(5), count)
   assert [step for step, _ in logged] == [8, 10]
   assert saved == [(6, 6), (9, 9), (10, 10)]
+
+
+def test_evaluates_at_intervals_from_the_first_step_on():
+  evaluated = []
+  run(new_state(), count, evaluate=lambda state: evaluated.append((int(state.step), float(state.params["w"]))))
+  assert evaluated == [(0, 0), (4, 4), (8, 8)]
+
+
+def test_a_stop_in_an_evaluation_saves_where_it_is():
+  """So that the evaluation comes again when the run goes on."""
+
+  def evaluate(state):
+    if int(state.step) == 4:
+      raise StoppedError
+
+  assert run(new_state(), count, evaluate=evaluate)[1] == [(3, 3), (4, 4)]
+  evaluated = []
+  run(new_state(4), count, evaluate=lambda state: evaluated.append(int(state.step)))
+  assert evaluated == [4, 8]
 
 
 def test_a_stop_saves_where_it_is():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dtm_jax import config as config_lib
-from dtm_jax import experiment, sharding
+from dtm_jax import networks, sharding
 from dtm_jax.convert import load_torch
 from dtm_jax.models.clip import ClipVision
 from dtm_jax.models.vit import ViT
@@ -43,7 +43,7 @@ def random_batch(config: config_lib.Config) -> dict:
 
 def create_student(config: config_lib.Config, out_dim: int) -> ViT:
   """As configured, but so small that it compiles in a second."""
-  return experiment.create_student(config, out_dim).clone(width=24, depth=2, heads=2)
+  return networks.create_student(config, out_dim).clone(width=24, depth=2, heads=2)
 
 
 @functools.cache
@@ -54,7 +54,7 @@ def build(config: config_lib.Config):
   optimizer = create_optimizer(config.optim, schedule := lambda step: 1e-3)
   draw = functools.partial(draw_schedules, config)
   step = jax.jit(make_train_step(config, student, teacher, optimizer, schedule, draw))
-  return jax.jit(lambda: create_train_state(experiment.init_params(config, student), optimizer)), step
+  return jax.jit(lambda: create_train_state(networks.init_params(config, student), optimizer)), step
 
 
 def run_steps(config: config_lib.Config, mesh_size: int | None = None):
@@ -145,7 +145,7 @@ def test_no_gradient_flows_to_the_teacher():
     loss = make_loss(config, student, teacher)
     return jax.grad(lambda *both: loss(*both, rows)[0], argnums=(0, 1))(params, teacher_params)
 
-  to_student, to_teacher = grads(experiment.init_params(config, student), teacher_params)
+  to_student, to_teacher = grads(networks.init_params(config, student), teacher_params)
   assert all(np.abs(leaf).max() == 0 for leaf in jax.tree.leaves(to_teacher))
   assert np.abs(to_student["head"]["kernel"]).max() > 0
 

@@ -14,7 +14,7 @@ from PIL import Image
 import runs
 from configs import quickstart
 from dtm_jax import config as config_lib
-from dtm_jax import experiment, metrics, sharding
+from dtm_jax import metrics, pretraining, restore, sharding
 from dtm_jax.checkpoint import CheckpointStore
 from dtm_jax.config import MeshConfig
 from dtm_jax.data.pipeline import train_batches
@@ -37,7 +37,7 @@ def run(workdir, *, stop_after=None) -> bool:
   """In this process, on its eight devices; `stop_after` steps it is asked to stop."""
   asked = iter(range(10**6))
   stop = (lambda: False) if stop_after is None else (lambda: next(asked) >= stop_after)
-  return experiment.run(smoke_config(), workdir, "test", stop)
+  return pretraining.run(smoke_config(), workdir, "test", stop)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ def test_unreadable_images_are_remembered(tmp_path):
   settings = {"source": "folder", "path": str(images), "max_bad_fraction": 0.1}
   config = dataclasses.replace(smoke_config(), data=dataclasses.replace(smoke_config().data, **settings))
   asked = iter(range(100))
-  assert experiment.run(config, tmp_path / "whole", "test", lambda: False)
-  assert not experiment.run(config, tmp_path / "parts", "test", lambda: next(asked) >= 3)
-  assert experiment.run(config, tmp_path / "parts", "test", lambda: False)
+  assert pretraining.run(config, tmp_path / "whole", "test", lambda: False)
+  assert not pretraining.run(config, tmp_path / "parts", "test", lambda: next(asked) >= 3)
+  assert pretraining.run(config, tmp_path / "parts", "test", lambda: False)
   assert runs.rows(tmp_path / "parts") == runs.rows(tmp_path / "whole")
   assert runs.rows(tmp_path / "whole")[-1]["bad_images"] == 3
 
@@ -78,7 +78,7 @@ def test_an_end_before_the_checkpoint_is_refused(tmp_path):
   assert not run(tmp_path, stop_after=3)
   config = dataclasses.replace(smoke_config(), run=dataclasses.replace(smoke_config().run, steps=2))
   with pytest.raises(InputError, match="the checkpoint is at step 3, beyond the run's end at 2"):
-    experiment.run(config, tmp_path, "test", lambda: False)
+    pretraining.run(config, tmp_path, "test", lambda: False)
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 4])
@@ -101,7 +101,7 @@ def test_every_step_is_another(uninterrupted):
 
 
 def test_a_complete_run_is_left_alone(uninterrupted, monkeypatch):
-  monkeypatch.setattr(experiment, "build", None)  # its data and teacher may be gone
+  monkeypatch.setattr(pretraining, "build", None)  # its data and teacher may be gone
   before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.is_file()}
   assert run(uninterrupted)
   assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.is_file()} == before
@@ -113,7 +113,7 @@ def test_keeps_the_newest_checkpoints(uninterrupted):
 
 def test_saves_in_the_background_hold_the_state_of_their_step(tmp_path):
   """Each step overwrites the memory of the state that is still being written (donated buffers)."""
-  parts = experiment.build(smoke_config())
+  parts = pretraining.build(smoke_config())
 
   def states():
     state = parts.create_state()
@@ -136,7 +136,8 @@ def test_a_store_opened_to_read_changes_nothing(uninterrupted):
   """Another run may be using the folder: its unfinished save is not ours to remove."""
   unfinished = uninterrupted / "checkpoints" / "6.orbax-checkpoint-tmp"
   unfinished.mkdir()
-  student, params, _ = experiment.restore_student(uninterrupted)
+  run = restore.restore_run(uninterrupted)
+  student, params = run.model, run.params
   assert params_sha256(params) == runs.summary(uninterrupted)["params_sha256"]
   assert student.grid == (4, 4)
   assert unfinished.exists()
@@ -145,7 +146,7 @@ def test_a_store_opened_to_read_changes_nothing(uninterrupted):
 
 def test_restores_to_other_devices(tmp_path):
   one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
-  parts = experiment.build(smoke_config())
+  parts = pretraining.build(smoke_config())
   state = jax.device_put(parts.create_state(), one)
   store = CheckpointStore(tmp_path, keep=1)
   store.save(state)
@@ -180,7 +181,7 @@ def test_rows_are_written_once_and_whole(tmp_path):
 
 
 def test_an_unreadable_checkpoint_says_which_folder_to_remove(tmp_path):
-  parts = experiment.build(smoke_config())
+  parts = pretraining.build(smoke_config())
   store = CheckpointStore(tmp_path, keep=1)
   store.save(parts.create_state())
   store.close()

@@ -85,11 +85,11 @@ def test_release_checkpoint_gives_the_recorded_features():
 def test_work_folder_gives_what_its_file_gives(tmp_path):
   _, model, params = load_torch(STUDENT)
 
-  def restore_student(path: pathlib.Path):
+  def restore_tower(path: pathlib.Path):
     assert path == tmp_path
     return ViT(**model, layer_scale=0.1, drop_path=0.1, dtype="bfloat16"), params, DataConfig(mean=(0.1, 0.2, 0.3))
 
-  restored, restored_params = create_teacher(make_config("checkpoint", str(tmp_path)), restore_student)
+  restored, restored_params = create_teacher(make_config("checkpoint", str(tmp_path)), restore_tower)
   assert restored.mean == (0.1, 0.2, 0.3)  # of the run that trained it
   restored = dataclasses.replace(restored, mean=make_config("pixels").data.mean)
   loaded, loaded_params = create_teacher(make_config("checkpoint", STUDENT), no_work_folder)

@@ -114,12 +114,12 @@ def _read(options: argparse.Namespace) -> _Input:
 
 def _restore(workdir: pathlib.Path) -> _Input:
   # Not for a weights file: these start a backend, which takes seconds.
-  from dtm_jax.experiment import restore_student
-  from dtm_jax.train_state import params_sha256
+  from dtm_jax.restore import restore_run
 
-  module, params, _ = restore_student(workdir)
-  model = {name: getattr(module, name) for name in ("patch_size", "width", "depth", "heads", "grid", "out_dim")}
-  return _Input(workdir, params_sha256(params), "student", model, params, None)
+  run = restore_run(workdir)
+  names = ("patch_size", "width", "depth", "heads", "grid", "out_dim" if run.kind == "student" else "num_classes")
+  model = {name: getattr(run.model, name) for name in names}
+  return _Input(workdir, run.sha256, run.kind, model, run.params, None)
 
 
 def _transfer(source: _Input, options: argparse.Namespace) -> tuple[str, dict]:

@@ -36,10 +36,6 @@ def to_classifier(params: Mapping, num_classes: int, *, tables: str = "both", se
   """
   if tables not in TABLES:
     raise InputError(f"tables={tables!r} is not one of {', '.join(TABLES)}")
-  if not 1 <= num_classes <= _MAX_CLASSES:
-    raise InputError(f"num_classes={num_classes}: a classifier needs at least one, and at most {_MAX_CLASSES}")
-  if seed < 0:
-    raise InputError(f"seed={seed} is negative; give 0 or more")
   flat = {path: np.asarray(value, np.float32) for path, value in layouts.flatten(params).items()}
   if "rel_pos_bias" not in flat or "norm/scale" not in flat:
     raise InputError("only a pre-training student becomes a classifier: these parameters have no shared bias table")
@@ -48,12 +44,23 @@ def to_classifier(params: Mapping, num_classes: int, *, tables: str = "both", se
   for path, own in kept.items():
     if path.endswith("/rel_pos_bias"):
       kept[path] = {"both": own + shared, "shared": shared, "own": own}[tables]
-  head = np.random.default_rng(seed).standard_normal((width, num_classes))
-  return layouts.nest(
-    kept
-    | {"fc_norm/scale": np.ones(width, np.float32), "fc_norm/bias": np.zeros(width, np.float32)}
-    | {"head/kernel": (head * _HEAD_STD).astype(np.float32), "head/bias": np.zeros(num_classes, np.float32)}
-  )
+  norm = {"fc_norm/scale": np.ones(width, np.float32), "fc_norm/bias": np.zeros(width, np.float32)}
+  return with_new_head(layouts.nest(kept | norm), num_classes, seed)
+
+
+def with_new_head(params: Mapping, num_classes: int, seed: int = 0) -> dict:
+  """A classifier with a new head, as `to_classifier` makes it, for other classes.
+
+  Raises:
+    InputError: a number is out of range.
+  """
+  if not 1 <= num_classes <= _MAX_CLASSES:
+    raise InputError(f"num_classes={num_classes}: a classifier needs at least one, and at most {_MAX_CLASSES}")
+  if seed < 0:
+    raise InputError(f"seed={seed} is negative; give 0 or more")
+  kernel = np.random.default_rng(seed).standard_normal((params["cls_token"].shape[-1], num_classes))
+  head = {"kernel": (kernel * _HEAD_STD).astype(np.float32), "bias": np.zeros(num_classes, np.float32)}
+  return {**params, "head": head}
 
 
 def resize_tables(params: Mapping, grid_from: tuple[int, int], grid_to: tuple[int, int]) -> dict:

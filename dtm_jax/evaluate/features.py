@@ -15,73 +15,76 @@ from dtm_jax import sharding
 from dtm_jax.config import Config
 from dtm_jax.data.pipeline import BadImageMonitor, EvalBatch, eval_batches
 from dtm_jax.data.sources import Source
-from dtm_jax.errors import InputError
-
-
-class StoppedError(Exception):
-  """The user asked to stop before all images were seen."""
+from dtm_jax.errors import InputError, StoppedError
 
 
 class Features(NamedTuple):
-  """Frozen features of a split and its classes."""
+  """What a model makes of the images of a split, and their classes."""
 
-  features: np.ndarray  # float32 [n, D]
+  features: np.ndarray  # [n, ...], such as float32 [n, D]
   labels: np.ndarray  # int32 [n]
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureExtractor:
-  """Computes features of whole splits, batches split over the mesh.
+  """Computes features of whole splits, batches split over the mesh; compiles once, for any parameters.
 
   Attributes:
     config: sizes of images and batches.
     mesh: devices.
-    feature_fn: `(params, images uint8 [B, S, S, 3]) -> [B, D]`; jitted here.
-    params: of the model.
-    stop_requested: asked before each batch.
+    feature_fn: `(params, images uint8 [B, S, S, 3]) -> [B, ...]`; jitted here.
   """
 
   config: Config
   mesh: Mesh
   feature_fn: Callable[[Any, jax.Array], jax.Array]
-  params: Any
-  stop_requested: Callable[[], bool] = lambda: False
 
   @functools.cached_property
   def _jitted(self):
     split, replicated = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
-    compiled, params = (
-      jax.jit(self.feature_fn, in_shardings=(replicated, split)),
-      jax.device_put(self.params, replicated),
-    )
-    return lambda images: compiled(params, sharding.to_global(images, split))
+    return jax.jit(self.feature_fn, in_shardings=(replicated, split))
 
-  def __call__(self, source: Source, limit: int | None, title: str = "features") -> Features:
+  def __call__(
+    self,
+    params: Any,
+    source: Source,
+    limit: int | None,
+    stop_requested: Callable[[], bool],
+    title: str = "features",
+  ) -> Features:
     """Each image once, in source order; a bar shows how far it is, where standard error is a terminal.
 
     Args:
+      params: of the model.
       source: where images come from.
       limit: at most so many images, spread over the source; None is all.
+      stop_requested: asked before each batch.
       title: of the bar.
 
     Raises:
       InputError: no image, or too many unreadable ones.
       StoppedError: `stop_requested` was true.
     """
-    batch_size = self.config.eval.batch_size
+    batch_size, split = self.config.eval.batch_size, sharding.batch_sharding(self.mesh)
+    params = jax.device_put(params, sharding.replicated(self.mesh))
+    feature_fn = lambda images: self._jitted(params, sharding.to_global(images, split))  # noqa: E731
     with contextlib.closing(eval_batches(self.config, source, batch_size, limit=limit)) as batches:
       monitor = BadImageMonitor(source, self.config.data.max_bad_fraction)
       total = len(source) if limit is None else min(limit, len(source))
       with tqdm.tqdm(total=total, desc=title, unit="image", dynamic_ncols=True, leave=False, disable=None) as bar:
-        return extract_features(self._jitted, self._watch(batches, monitor, bar))
+        return extract_features(feature_fn, _watch(batches, monitor, bar, stop_requested))
 
-  def _watch(self, batches: Iterator[EvalBatch], monitor: BadImageMonitor, bar: tqdm.tqdm) -> Iterator[EvalBatch]:
-    for batch in batches:
-      if self.stop_requested():
-        raise StoppedError
-      monitor.observe(batch["index"][~batch["valid"]])
-      yield batch
-      bar.update(int(np.count_nonzero(batch["index"] >= 0)))
+
+def _watch(
+  batches: Iterator[EvalBatch], monitor: BadImageMonitor, bar: tqdm.tqdm, stop_requested: Callable[[], bool]
+) -> Iterator[EvalBatch]:
+  """The same batches, with their unreadable images noted."""
+  for batch in batches:
+    if stop_requested():
+      raise StoppedError
+    monitor.observe(batch["index"][~batch["valid"]])
+    yield batch
+    bar.update(int(np.count_nonzero(batch["index"] >= 0)))
 
 
 def extract_features(
@@ -90,7 +93,7 @@ def extract_features(
   """Runs `feature_fn` over evaluation batches and drops the rows that only fill the last one.
 
   Args:
-    feature_fn: uint8 [b, S, S, 3] -> float [b, D]; jitted by the caller.
+    feature_fn: uint8 [b, S, S, 3] -> [b, ...]; jitted by the caller.
     batches: dicts with `image` uint8 [b, S, S, 3], `label` int [b] and `valid` bool [b], False for padding rows.
 
   Returns:
@@ -102,10 +105,10 @@ def extract_features(
   features, labels = [], []
   for batch in batches:
     valid = batch["valid"]
-    features.append(np.asarray(feature_fn(batch["image"]), np.float32)[valid])
+    features.append(np.asarray(feature_fn(batch["image"]))[valid])
     labels.append(np.asarray(batch["label"], np.int32)[valid])
   if not any(map(len, labels)):
-    raise InputError("the evaluation split has no images; check config.data, or set config.eval.knn=False")
+    raise InputError("the evaluation split has no images; check config.data")
   return Features(np.concatenate(features), np.concatenate(labels))
 
 

@@ -13,6 +13,8 @@ from dtm_jax.models.vit import Classifier, ViT
 from dtm_jax.morphing import group_tokens, merges_per_iteration
 from dtm_jax.teachers import Teacher
 
+TOP = 5  # classes by which ImageNet is judged beside the first
+
 
 def make_feature_fn(config: Config, model: ViT | Classifier | ClipVision) -> Callable[[Any, jax.Array], jax.Array]:
   """`(params, images uint8 [B, S, S, 3]) -> float32 [B, D]`: one vector per image.
@@ -26,6 +28,16 @@ def make_feature_fn(config: Config, model: ViT | Classifier | ClipVision) -> Cal
     return model.apply({"params": params}, normal, method="pooled").astype(jnp.float32)
 
   return features
+
+
+def make_top_classes_fn(config: Config, model: Classifier) -> Callable[[Any, jax.Array], jax.Array]:
+  """`(params, images uint8 [B, S, S, 3]) -> int32 [B, k]`: the k = 5 likeliest classes, or all of fewer, best first."""
+
+  def top_classes(params, images):
+    logits = model.apply({"params": params}, normalize(images, config.data.mean, config.data.std))
+    return jax.lax.top_k(logits, min(TOP, model.num_classes))[1]
+
+  return top_classes
 
 
 def make_label_fn(

@@ -141,7 +141,7 @@ class Backbone(nn.Module):
     self.sow("intermediates", "residual_stream", x)
     return x
 
-  def _branch_scales(self, image_keys):
+  def branch_scales(self, image_keys: jax.Array | None) -> jax.Array | list[None]:
     """[depth, 2, B] factors of stochastic depth, one draw per image, layer and branch; or None per layer."""
     if image_keys is None or not self.drop_path:
       return [None] * self.depth
@@ -164,7 +164,7 @@ class Backbone(nn.Module):
 
     if self.remat:
       layer = jax.checkpoint(layer, prevent_cse=not self.scan_layers)
-    params, branch_scales = [b.variables["params"] for b in self.block], self._branch_scales(image_keys)
+    params, branch_scales = [b.variables["params"] for b in self.block], self.branch_scales(image_keys)
     if not self.scan_layers:
       for inputs in zip(params, branch_scales, strict=True):
         x, _ = layer(x, inputs)
@@ -206,9 +206,13 @@ class ViT(Backbone, kw_only=True):
     """float32 [B, H, W, 3] -> float32 [B, 1 + N, D]: class and patch tokens after the final norm, nothing masked."""
     return self._encode(images, None, None)
 
+  def patch_tokens(self, images: jax.Array) -> jax.Array:
+    """float32 [B, H, W, 3] -> float32 [B, N, D]: `features` without the class token."""
+    return self.features(images)[:, 1:]
+
   def pooled(self, images: jax.Array) -> jax.Array:
-    """float32 [B, H, W, 3] -> float32 [B, D]: the mean of the patch tokens of `features`."""
-    return self.features(images)[:, 1:].mean(axis=1)
+    """float32 [B, H, W, 3] -> float32 [B, D]: the mean of `patch_tokens`."""
+    return self.patch_tokens(images).mean(axis=1)
 
   def _encode(self, images, mask, image_keys):
     return self.norm(self._blocks(self._embed(images, mask, self.mask_token), image_keys, self.rel_pos_bias))
@@ -242,6 +246,10 @@ class Classifier(Backbone, kw_only=True):
   def features(self, images: jax.Array) -> jax.Array:
     """float32 [B, H, W, 3] -> float32 [B, 1 + N, D]: class and patch tokens after the last block."""
     return self._blocks(self._embed(images), None)
+
+  def patch_tokens(self, images: jax.Array) -> jax.Array:
+    """float32 [B, H, W, 3] -> float32 [B, N, D]: patch tokens, through the norm of their mean."""
+    return self.fc_norm(self.features(images)[:, 1:]).astype(jnp.float32)
 
   def pooled(self, images: jax.Array) -> jax.Array:
     """float32 [B, H, W, 3] -> [B, D]: what the head is given."""

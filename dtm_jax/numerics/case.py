@@ -1,19 +1,21 @@
-"""A config as both frameworks can run it: the same weights and images, and nothing random inside a step."""
+"""A config as both frameworks can run it: the same weights and images, and what XLA draws given to PyTorch."""
 
 import contextlib
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from ml_collections import ConfigDict
 
 from dtm_jax import config as config_lib
-from dtm_jax import experiment
+from dtm_jax import pretraining
 from dtm_jax.augment import normalize
 from dtm_jax.convert import from_state_dict, load_torch, to_state_dict
 from dtm_jax.data.pipeline import train_batches
@@ -21,6 +23,7 @@ from dtm_jax.errors import InputError
 from dtm_jax.models.clip import resize_positions
 from dtm_jax.models.variants import Variant
 from dtm_jax.models.vit import ViT
+from dtm_jax.morphing import split_priorities
 from dtm_jax.numerics import torch_models, torch_reference
 from dtm_jax.steps.pretrain import augment, draw_schedules, row_keys
 from dtm_jax.teachers import ClipTeacher
@@ -38,7 +41,11 @@ class Inputs(NamedTuple):
   mask: np.ndarray  # bool [B, N], True = masked
   merges: np.ndarray  # int32 [L] or [B, L], per iteration; L = 0 without morphing
   iterations: np.ndarray  # int32, as merges
-  lr: float
+  lr: np.ndarray  # float32 []
+  drop_path_keys: jax.Array | None  # PRNG keys [B]; None without stochastic depth
+  branch_scales: np.ndarray | None  # float32 [depth, 2, B], what they draw
+  split_keys: jax.Array | None  # PRNG keys [B, L]; None where morphing.split="alternate"
+  priorities: np.ndarray | None  # float32 [B, L, K, N], what they draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Case:
   """One run's parts.
 
   Attributes:
-    config: of the run, but for what is random on the device.
+    config: of the run, but for what only costs time or memory.
     parts: built from it.
     student: with the sizes of its weights.
     params: the student's, numpy, where training begins.
@@ -54,7 +61,7 @@ class Case:
   """
 
   config: config_lib.Config
-  parts: experiment.Parts
+  parts: pretraining.Parts
   student: ViT
   params: Any
   notes: tuple[str, ...]
@@ -83,15 +90,33 @@ class Case:
     data = self.config.data
 
     @jax.jit
-    def look(step, image):
-      unit = augment(self.config, {"image": image} | row_keys(self.config, step))
-      return unit, normalize(unit, data.mean, data.std), draw_schedules(self.config, step), self.parts.schedule(step)
+    def look(step, batch):
+      keys = row_keys(self.config, step)
+      unit = augment(self.config, batch | keys)
+      draws = draw_schedules(self.config, step)
+      merges, iterations = draws if self.config.morphing.enabled else (draw[..., :0] for draw in draws)
+      drop_path_keys, split_keys = keys.get("drop_path_keys"), keys.get("split_keys")
+      if split_keys is not None:
+        split_keys = _fold_in_each(split_keys, self.config.morphing.draws)
+      return Inputs(
+        *(unit, normalize(unit, data.mean, data.std), batch["mask"], merges, iterations, self.parts.schedule(step)),
+        *(drop_path_keys, self._branch_scales(drop_path_keys), split_keys, self._priorities(split_keys)),
+      )
 
     with contextlib.closing(train_batches(self.config, self.parts.train_source, start_step=0)) as batches:
       for step, batch in enumerate(batches):
-        unit, normal, draws, lr = jax.tree.map(np.asarray, look(step, batch["image"]))
-        merges, iterations = draws if self.config.morphing.enabled else (draw[..., :0] for draw in draws)
-        yield Inputs(unit, normal, batch["mask"], merges, iterations, float(lr))
+        yield jax.tree.map(_to_numpy, look(step, {name: batch[name] for name in ("image", "mask")}))
+
+  def _branch_scales(self, keys: jax.Array | None) -> jax.Array | None:
+    return None if keys is None else self.student.apply({"params": self.params}, keys, method="branch_scales")
+
+  def _priorities(self, keys: jax.Array | None) -> jax.Array | None:
+    if keys is None:
+      return None
+    morphing = self.config.morphing
+    num_iterations, num_tokens = morphing.fixed_iterations or morphing.max_iterations, math.prod(self.config.grid)
+    draw = jax.vmap(split_priorities, (None, 0, None))
+    return jax.vmap(jax.vmap(lambda key: draw(key, jnp.arange(num_iterations), num_tokens)))(keys)
 
 
 def open_case(
@@ -113,11 +138,7 @@ def open_case(
   asked = config_lib.resolve(settings)
   if asked.task != "pretrain":
     raise InputError(f"config.task={asked.task!r} has no training step; give the config of a pre-training run")
-  if asked.morphing.enabled and asked.morphing.split == "random":
-    raise InputError(
-      "config.morphing.split='random' is drawn inside XLA, and PyTorch cannot repeat it; use 'alternate'"
-    )
-  model = dataclasses.replace(asked.model, drop_path=0.0, dtype=dtype, scan_layers=False)
+  model = dataclasses.replace(asked.model, dtype=dtype, scan_layers=False)
   if model.attention == "cudnn" and dtype != "bfloat16":
     model = dataclasses.replace(model, attention="xla")
   config = dataclasses.replace(
@@ -126,9 +147,19 @@ def open_case(
     teacher=dataclasses.replace(asked.teacher, dtype=dtype),
     optim=dataclasses.replace(asked.optim, accumulate_steps=1),  # which gives the same numbers
   )
-  parts = experiment.build(config)
-  student, params = _student(config, parts.student, student_file)
+  parts = pretraining.build(config)
+  student, params = _student(config, parts.model, student_file)
   return Case(config, parts, student, params, tuple(_notes(asked, config)))
+
+
+def _fold_in_each(keys: jax.Array, num_draws: int) -> jax.Array:
+  """Keys [B] -> [B, L], as the loss has them."""
+  return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, jnp.arange(num_draws))
+
+
+def _to_numpy(array: jax.Array) -> np.ndarray | jax.Array:
+  """All but PRNG keys, which numpy does not know."""
+  return array if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else np.asarray(array)
 
 
 def part_ties(tokens: np.ndarray) -> np.ndarray:
@@ -139,8 +170,6 @@ def part_ties(tokens: np.ndarray) -> np.ndarray:
 
 
 def _notes(asked: config_lib.Config, config: config_lib.Config) -> Iterator[str]:
-  if asked.model.drop_path:
-    yield f"without stochastic depth (config.model.drop_path={asked.model.drop_path}), which PyTorch draws differently"
   if asked.model.dtype != config.model.dtype:
     yield f"matrix products in {config.model.dtype} (config.model.dtype={asked.model.dtype!r})"
   if config.teacher.kind in _TYING_TEACHERS:
@@ -200,6 +229,12 @@ def torch_optimizer(case: Case, student: torch.nn.Module) -> torch.optim.Optimiz
   return torch_reference.make_optimizer(
     student, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay
   )
+
+
+def random_draws(inputs: Inputs) -> dict[str, torch.Tensor | None]:
+  """Keyword arguments of `torch_reference.train_step` that XLA draws."""
+  draws = {"branch_scales": inputs.branch_scales, "priorities": inputs.priorities}
+  return {name: None if value is None else to_device(value) for name, value in draws.items()}
 
 
 def loss_settings(case: Case) -> dict[str, Any]:

@@ -4,9 +4,9 @@ import pathlib
 from collections.abc import Callable
 
 from dtm_jax.config import Config, DataConfig
-from dtm_jax.models.vit import ViT
+from dtm_jax.models.vit import Classifier, ViT
 from dtm_jax.teachers.base import Params, Teacher
-from dtm_jax.teachers.checkpoint import CheckpointTeacher, check_grid, load_student
+from dtm_jax.teachers.checkpoint import CheckpointTeacher, check_grid, load_tower
 from dtm_jax.teachers.clip import CLIP_MEAN, CLIP_STD, ClipTeacher, load_clip_teacher
 from dtm_jax.teachers.hog import HogTeacher
 from dtm_jax.teachers.pixels import PixelsTeacher
@@ -15,13 +15,13 @@ __all__ = ["CheckpointTeacher", "ClipTeacher", "HogTeacher", "PixelsTeacher", "P
 
 
 def create_teacher(
-  config: Config, restore_student: Callable[[pathlib.Path], tuple[ViT, Params, DataConfig]]
+  config: Config, restore_tower: Callable[[pathlib.Path], tuple[ViT | Classifier, Params, DataConfig]]
 ) -> tuple[Teacher, Params]:
   """Builds the teacher that the config names.
 
   Args:
     config: Of the run.
-    restore_student: Reads a work folder of this program: the student's module,
+    restore_tower: Reads a work folder of this program: the model's module,
       parameters and data settings. Called for `teacher.kind="checkpoint"` with a folder only.
 
   Returns:
@@ -39,7 +39,7 @@ def create_teacher(
     case "clip":
       return _create_clip(config)
     case _:
-      return _create_checkpoint(config, restore_student)
+      return _create_checkpoint(config, restore_tower)
 
 
 def _create_clip(config: Config) -> tuple[ClipTeacher, Params]:
@@ -55,13 +55,13 @@ def _create_clip(config: Config) -> tuple[ClipTeacher, Params]:
   )
 
 
-def _create_checkpoint(config: Config, restore_student) -> tuple[CheckpointTeacher, Params]:
+def _create_checkpoint(config: Config, restore_tower) -> tuple[CheckpointTeacher, Params]:
   path, digest, data = pathlib.Path(config.teacher.weights).expanduser(), "", config.data
   options = {"dtype": config.teacher.dtype, "attention": config.model.attention}
   if path.is_dir():
-    tower, params, data = restore_student(path)  # it is shown images as it was in its own run
+    tower, params, data = restore_tower(path)  # it is shown images as it was in its own run
     tower = tower.clone(**options)
   else:
-    tower, params, digest = load_student(path, **options)
+    tower, params, digest = load_tower(path, **options)
   check_grid(tower, config.grid, config.teacher.weights)
   return CheckpointTeacher(tower, data.mean, data.std, digest), params

@@ -1,4 +1,4 @@
-"""A tower pre-trained by this method as the teacher."""
+"""A tower that this program trained as the teacher."""
 
 import dataclasses
 import pathlib
@@ -8,22 +8,24 @@ import jax
 from dtm_jax.augment import normalize
 from dtm_jax.convert import load_torch
 from dtm_jax.errors import InputError
-from dtm_jax.models.vit import ViT
+from dtm_jax.models.vit import Classifier, ViT
 from dtm_jax.teachers.base import Params
 from dtm_jax.teachers.weights import sha256
+
+_TOWERS = {"student": ViT, "classifier": Classifier}
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointTeacher:
-  """A student's patch tokens after its final norm, with nothing masked; D is its width.
+  """A student's or classifier's patch tokens after its final norm, with nothing masked; D is its width.
 
   Attributes:
     tower: The module; its parameters are passed to `apply`.
-    mean, std: Of the images it is shown, the student's.
+    mean, std: Of the images it is shown.
     weights_sha256: Of the weights file; "" for parameters of a work folder.
   """
 
-  tower: ViT
+  tower: ViT | Classifier
   mean: tuple[float, float, float]
   std: tuple[float, float, float]
   weights_sha256: str = ""
@@ -35,15 +37,15 @@ class CheckpointTeacher:
   def apply(self, params: Params, images: jax.Array) -> jax.Array:
     """See `Teacher.apply`."""
     images = normalize(images, self.mean, self.std)
-    return self.tower.apply({"params": params}, images, method="features")[:, 1:]
+    return self.tower.apply({"params": params}, images, method="patch_tokens")
 
 
-def load_student(file: pathlib.Path, **options) -> tuple[ViT, Params, str]:
-  """Reads a student that the released PyTorch code saved.
+def load_tower(file: pathlib.Path, **options) -> tuple[ViT | Classifier, Params, str]:
+  """Reads a student or classifier that the released PyTorch code saved.
 
   Args:
     file: The `.pth` file.
-    **options: Further fields of `ViT`: dtype, attention.
+    **options: Further fields of the module: dtype, attention.
 
   Returns:
     The module, its parameters, and the file's SHA-256.
@@ -52,14 +54,13 @@ def load_student(file: pathlib.Path, **options) -> tuple[ViT, Params, str]:
     InputError: the file cannot be read or holds something else.
   """
   kind, model, params = load_torch(file)
-  if kind != "student":
-    remedy = "config.teacher.kind='clip' takes it" if kind == "clip_vision" else "name other weights"
-    raise InputError(f"{file} holds a {kind}, not a pre-trained student; {remedy}")
+  if kind not in _TOWERS:
+    raise InputError(f"{file} holds a {kind}, no model of this method; config.teacher.kind='clip' takes it")
   # Layer scale is only the initial value of parameters that the file has.
-  return ViT(**model, layer_scale=0.0, **options), params, sha256(file)
+  return _TOWERS[kind](**model, layer_scale=0.0, **options), params, sha256(file)
 
 
-def check_grid(tower: ViT, grid: tuple[int, int], weights: str) -> None:
+def check_grid(tower: ViT | Classifier, grid: tuple[int, int], weights: str) -> None:
   """Refuses a tower whose bias tables are for other patches than the student's.
 
   Raises:

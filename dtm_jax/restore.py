@@ -1,0 +1,123 @@
+"""A trained model from where it lies: the checkpoint of a work folder, or a weights file."""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from dtm_jax.checkpoint import FOLDER as CHECKPOINT_FOLDER
+from dtm_jax.checkpoint import CheckpointStore
+from dtm_jax.config import Config, DataConfig, from_json
+from dtm_jax.convert import read_weights
+from dtm_jax.errors import InputError
+from dtm_jax.models.clip import ClipVision
+from dtm_jax.models.vit import Classifier, ViT
+from dtm_jax.networks import create_classifier, create_student, init_params
+from dtm_jax.optim import averaged_params, create_optimizer
+from dtm_jax.train_state import TrainState, create_train_state, params_sha256
+from dtm_jax.workdir import CONFIG_FILE, read_json
+
+# Layer scale is only the initial value of parameters that a weights file has.
+_MODULES = {
+  "student": functools.partial(ViT, layer_scale=0.0),
+  "classifier": functools.partial(Classifier, layer_scale=0.0),
+  "clip_vision": ClipVision,
+}
+# The task of a run decides what its model is, and an entry of its record how wide the head.
+_MODELS_OF_RUNS = {
+  "pretrain": ("student", "target_dim", create_student),
+  "finetune": ("classifier", "num_classes", create_classifier),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """A trained model.
+
+  Attributes:
+    path: where it is from.
+    kind: "student", "classifier" or "clip_vision".
+    step: of training, or 0 for a weights file, which does not say.
+    model: the module.
+    params: its parameters, numpy.
+    averaged: the moving average of its parameters, numpy, or None where none was kept.
+    config: of the run, or None for a weights file.
+  """
+
+  path: pathlib.Path
+  kind: str
+  step: int
+  model: nn.Module
+  params: Any
+  averaged: Any | None
+  config: Config | None
+
+  @functools.cached_property
+  def sha256(self) -> str:
+    return params_sha256(self.params)
+
+
+def open_checkpoint(path: str | pathlib.Path, *, dtype: str = "float32", **fields) -> Checkpoint:
+  """Reads the newest checkpoint of a work folder, or weights.
+
+  Args:
+    path: a work folder, a weights file, or a Hugging Face model folder.
+    dtype: of matrix products, for weights; a run keeps its own.
+    **fields: further fields of the module, such as `attention`.
+
+  Raises:
+    InputError: it is not there, or no model.
+  """
+  path = pathlib.Path(path).expanduser()
+  if not path.exists():
+    raise InputError(f"{path} does not exist; name the work folder of a run, or a weights file")
+  if (path / CHECKPOINT_FOLDER).is_dir():
+    run = restore_run(path)
+    return dataclasses.replace(run, model=run.model.clone(**fields))
+  kind, sizes, params, _ = read_weights(path)
+  return Checkpoint(path, kind, 0, _MODULES[kind](**sizes, dtype=np.dtype(dtype), **fields), params, None, None)
+
+
+def restore_run(workdir: pathlib.Path, folder: str = CHECKPOINT_FOLDER) -> Checkpoint:
+  """Reads the newest checkpoint of a work folder, whatever devices it was saved on.
+
+  Raises:
+    InputError: the folder is not that of a run, its record is damaged, or it has no checkpoint.
+  """
+  record = read_json(workdir / CONFIG_FILE)
+  steps = [path.name for path in (workdir / folder).glob("*") if path.name.isdigit()]
+  if record is None or not steps:
+    raise InputError(f"{workdir} holds no checkpoint of a run; name its work folder, or a weights file")
+  config = from_json(record) if isinstance(record, dict) else None
+  kind, width_name, create = _MODELS_OF_RUNS[config.task] if config and config.task in _MODELS_OF_RUNS else (None,) * 3
+  if kind is None or not isinstance(record.get(width_name), int):
+    raise InputError(f"{workdir / CONFIG_FILE} is not the record of a training run; name another work folder")
+  model = create(config, record[width_name])
+  optimizer = create_optimizer(config.optim, lambda step: 0.0)
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  like = abstract_state(lambda: create_train_state(init_params(config, model), optimizer), here)
+  with contextlib.closing(CheckpointStore(workdir, folder=folder)) as store:
+    state = jax.tree.map(np.asarray, store.restore(store.latest_step(), like))
+  averaged = None if config.optim.ema_decay is None else averaged_params(state.opt_state)
+  return Checkpoint(workdir, kind, int(state.step), model, state.params, averaged, config)
+
+
+def restore_tower(workdir: pathlib.Path) -> tuple[ViT | Classifier, Any, DataConfig]:
+  """The model of a work folder's newest checkpoint, its parameters, and the data it was trained on; for a teacher.
+
+  Raises:
+    InputError: see `restore_run`.
+  """
+  run = restore_run(workdir)
+  return run.model, run.params, run.config.data
+
+
+def abstract_state(create: Callable[[], TrainState], where: jax.sharding.Sharding) -> TrainState:
+  """Shapes, dtypes and shardings of a state, to restore to."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(create))
