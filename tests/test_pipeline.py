@@ -8,15 +8,20 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from dtm_jax.config import Config, DataConfig, ModelConfig, RunConfig
+from dtm_jax.config import Config, DataConfig, ModelConfig, RunConfig, parse_rand_augment
 from dtm_jax.data import pipeline, sources
+from dtm_jax.data.rand_augment import rand_augment
 from dtm_jax.errors import InputError
 
 BATCH_SIZE = 12
 
 
-def make_config(seed: int = 5, **data) -> Config:
+FINETUNE = {"task": "finetune", "num_masked": 0, "color_jitter": 0.0, "rand_augment": "m9-mstd0.5-inc1"}
+
+
+def make_config(seed: int = 5, task: str = "pretrain", **data) -> Config:
   settings = {
     "source": "synthetic",
     "image_size": 16,
@@ -27,7 +32,7 @@ def make_config(seed: int = 5, **data) -> Config:
     "color_jitter_on": "host",
   }
   model = ModelConfig(patch_size=4)
-  return Config(run=RunConfig(steps=3, seed=seed), data=DataConfig(**settings | data), model=model)
+  return Config(task=task, run=RunConfig(steps=3, seed=seed), data=DataConfig(**settings | data), model=model)
 
 
 class FakeSource:
@@ -87,19 +92,39 @@ def test_batch_fields():
   assert len({row.tobytes() for row in batch["mask"]}) > 6
 
 
-@pytest.mark.parametrize("num_workers", [2, 4])
-def test_worker_processes_do_not_change_the_stream(num_workers):
+def test_fine_tuning_has_no_mask():
+  finetune, pretrain = ({*take(make_config(**task), FakeSource(40), steps=1)[0]} for task in (FINETUNE, {}))
+  assert pretrain - finetune == {"mask"}
+  assert not finetune - pretrain
+
+
+def test_rand_augment_is_drawn_from_a_stream_of_its_own():
+  mean = {"mean": (0.2, 0.4, 0.9)}
+  plain, distorted = (
+    take(make_config(**FINETUNE | mean | words), FakeSource(40), steps=2)[1] for words in ({"rand_augment": ""}, {})
+  )
+  policy = parse_rand_augment(FINETUNE["rand_augment"])
+  for i, position in enumerate(range(12, 24)):
+    rng = np.random.Generator(np.random.Philox(key=np.array([5, 8], np.uint64), counter=[0, position, 0, 0]))
+    expected = rand_augment(Image.fromarray(plain["image"][i]), rng, policy, fill=(51, 102, 230))
+    np.testing.assert_array_equal(distorted["image"][i], expected)
+  changed = np.any(plain["image"] != distorted["image"], axis=(1, 2, 3))
+  assert 4 < changed.sum() < 12  # three quarters, but for operations that change nothing
+
+
+@pytest.mark.parametrize(("num_workers", "task"), [(3, {}), (2, FINETUNE)])
+def test_worker_processes_do_not_change_the_stream(num_workers, task):
   source = FakeSource(40, broken=(3,))
-  expected = take(make_config(), source, steps=5)
-  assert_equal_batches(take(make_config(num_workers=num_workers), source, steps=5), expected)
+  expected = take(make_config(**task), source, steps=5)
+  assert_equal_batches(take(make_config(**task, num_workers=num_workers), source, steps=5), expected)
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_processes_share_the_same_global_batches(process_count):
+@pytest.mark.parametrize(("process_count", "task"), [(2, {}), (4, FINETUNE)])
+def test_processes_share_the_same_global_batches(process_count, task):
   source = FakeSource(40)
-  expected = take(make_config(), source, steps=4)
+  expected = take(make_config(**task), source, steps=4)
   shares = [
-    take(make_config(), source, steps=4, process_index=index, process_count=process_count)
+    take(make_config(**task), source, steps=4, process_index=index, process_count=process_count)
     for index in range(process_count)
   ]
   joined = [
@@ -108,13 +133,14 @@ def test_processes_share_the_same_global_batches(process_count):
   assert_equal_batches(joined, expected)
 
 
-def test_resuming_gives_what_an_uninterrupted_run_would_see():
+@pytest.mark.parametrize("task", [{}, FINETUNE])
+def test_resuming_gives_what_an_uninterrupted_run_would_see(task):
   source = FakeSource(40, broken=(3,))
-  expected = take(make_config(), source, steps=9)
+  expected = take(make_config(**task), source, steps=9)
   for start_step in (1, 4, 8):
-    resumed = take(make_config(), source, steps=9 - start_step, start_step=start_step)
+    resumed = take(make_config(**task), source, steps=9 - start_step, start_step=start_step)
     assert_equal_batches(resumed, expected[start_step:])
-  in_a_share = take(make_config(), source, steps=2, start_step=7, process_index=1, process_count=3)
+  in_a_share = take(make_config(**task), source, steps=2, start_step=7, process_index=1, process_count=3)
   assert_equal_batches(in_a_share, [{name: value[4:8] for name, value in batch.items()} for batch in expected[7:]])
 
 

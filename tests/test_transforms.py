@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 from scipy import stats
 from sklearn import datasets
 
@@ -143,6 +143,20 @@ def test_flips_half_of_the_images(photograph):
     maybe = transforms.train_image(data, rngs[1], size=8, **CROP | {"flip": 0.5})
     flipped += bool(np.any(plain != maybe))
   assert 110 < flipped < 190  # 150, standard deviation 9
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_distortion_comes_last_and_sees_rgb(photograph, mode):
+  data = encode(photograph.convert(mode))
+  options = {"size": 32, **CROP, "flip": 1.0}
+  plain = transforms.train_image(data, np.random.default_rng(0), **options)
+
+  def move_right(crop):
+    assert (crop.mode, crop.size) == ("RGB", (32, 32))
+    return ImageChops.offset(crop, 5, 0)
+
+  distorted = transforms.train_image(data, np.random.default_rng(0), **options, distort=move_right)
+  np.testing.assert_array_equal(distorted, np.roll(plain, 5, axis=1))
 
 
 def jitter_reference(pixels, factors, order):

@@ -7,21 +7,24 @@ shuffle of the whole source that changes every epoch.
 """
 
 import contextlib
+import functools
 import math
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterable
-from typing import TypedDict
+from collections.abc import Callable, Generator, Iterable
+from typing import NotRequired, TypedDict
 
 import grain
 import numpy as np
 from absl import flags, logging
+from PIL import Image
 
 from dtm_jax.axes import Stream
-from dtm_jax.config import Config
+from dtm_jax.config import Config, parse_rand_augment
 from dtm_jax.data import masking, transforms
+from dtm_jax.data.rand_augment import rand_augment
 from dtm_jax.data.sources import NO_LABEL, Source
 from dtm_jax.errors import InputError
 
@@ -34,7 +37,7 @@ class Batch(TypedDict):
   """Training batch; b is this process's share of the global batch, S the image side, N the number of patches."""
 
   image: np.ndarray  # uint8 [b, S, S, 3], RGB
-  mask: np.ndarray  # bool [b, N], True = masked
+  mask: NotRequired[np.ndarray]  # bool [b, N], True = masked; of task "pretrain"
   label: np.ndarray  # int32 [b], -1 where the source has none
   position: np.ndarray  # int64 [b], place in the stream
   index: np.ndarray  # int64 [b], place in the source
@@ -153,20 +156,23 @@ class _TrainRow:
 
   def __init__(self, config: Config, source: Source):
     self._config, self._source = config, source
+    self._policy = parse_rand_augment(config.data.rand_augment)
+    self._mean_color = tuple(round(255 * mean) for mean in config.data.mean)
 
   def __call__(self, position: int, index: int) -> dict[str, np.ndarray]:
-    data = self._config.data
     image, label, used, bad = self._read(position, index)
-    mask_rng = _row_rng(self._config, Stream.MASK, position)
-    mask = masking.block_mask(mask_rng, self._config.grid, data.num_masked, data.mask_min_block, data.mask_min_aspect)
-    return {
+    row = {
       "image": image,
-      "mask": mask,
       "label": np.int32(label),
       "position": np.int64(position),
       "index": np.int64(used),
       "bad": np.int64(bad),
     }
+    return row | {"mask": self._mask(position)} if self._config.task == "pretrain" else row
+
+  def _mask(self, position: int) -> np.ndarray:
+    data, rng = self._config.data, _row_rng(self._config, Stream.MASK, position)
+    return masking.block_mask(rng, self._config.grid, data.num_masked, data.mask_min_block, data.mask_min_aspect)
 
   def _read(self, position: int, index: int) -> tuple[np.ndarray, int, int, int]:
     """Image, label, index in the source, and -1 or the index that could not be read."""
@@ -186,6 +192,7 @@ class _TrainRow:
 
   def _augmented(self, position: int, index: int) -> tuple[np.ndarray, int]:
     data = self._config.data
+    jitter = data.color_jitter if data.color_jitter_on == "host" else 0.0
     example = self._source[index]
     image = transforms.train_image(
       example.image,
@@ -194,10 +201,17 @@ class _TrainRow:
       crop_scale=data.crop_scale,
       crop_ratio=data.crop_ratio,
       flip=data.flip,
-      jitter=data.color_jitter if data.color_jitter_on == "host" else 0.0,
-      jitter_rng=_row_rng(self._config, Stream.COLOR_JITTER, position),
+      jitter=jitter,
+      jitter_rng=_row_rng(self._config, Stream.COLOR_JITTER, position) if jitter else None,
+      distort=self._distortion(position),
     )
     return image, example.label
+
+  def _distortion(self, position: int) -> Callable[[Image.Image], Image.Image] | None:
+    if self._policy is None:
+      return None
+    rng = _row_rng(self._config, Stream.RAND_AUGMENT, position)
+    return functools.partial(rand_augment, rng=rng, policy=self._policy, fill=self._mean_color)
 
 
 class _EvalRow:

@@ -3,6 +3,7 @@
 import io
 import math
 import struct
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageEnhance
@@ -52,8 +53,9 @@ def train_image(
   flip: float,
   jitter: float = 0.0,
   jitter_rng: np.random.Generator | None = None,
+  distort: Callable[[Image.Image], Image.Image] | None = None,
 ) -> np.ndarray:
-  """Colour jitter (if any), random resized crop, random flip.
+  """Colour jitter (if any), random resized crop, random flip, distortion (if any).
 
   The release jitters the whole image, flips it, then crops; flipping the crop
   instead has the same distribution, because crops are mirror-symmetric.
@@ -67,6 +69,7 @@ def train_image(
     flip: probability of mirroring left and right.
     jitter: strength of brightness, contrast and saturation.
     jitter_rng: draws the jitter; needed where `jitter` is not 0.
+    distort: the last step, from RGB of the final size to the same.
 
   Returns:
     uint8 [size, size, 3], RGB.
@@ -80,10 +83,12 @@ def train_image(
     image, box = _decode(image, box, size)
     if jitter:
       image = color_jitter(image.convert("RGB"), jitter_rng, jitter)
-    pixels = _resize(image, box, size)
+    crop = _resize(image, box, size)
   except _DECODE_ERRORS as error:
     raise UnreadableImageError(str(error)) from error
-  return pixels[:, ::-1] if rng.random() < flip else pixels
+  if rng.random() < flip:
+    crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+  return np.asarray(crop if distort is None else distort(crop))
 
 
 def eval_image(data: bytes, *, size: int) -> np.ndarray:
@@ -102,7 +107,7 @@ def eval_image(data: bytes, *, size: int) -> np.ndarray:
   try:
     image = Image.open(io.BytesIO(data))
     image, box = _decode(image, center_crop_box(image.size), size)
-    return _resize(image, box, size)
+    return np.asarray(_resize(image, box, size))
   except _DECODE_ERRORS as error:
     raise UnreadableImageError(str(error)) from error
 
@@ -179,8 +184,8 @@ def _to_8_bit_color(image: Image.Image) -> Image.Image:
   return image.convert("RGB")
 
 
-def _resize(image: Image.Image, box: Box, size: int) -> np.ndarray:
-  """Crops and resamples in one call, with the antialiased Catmull-Rom filter that Pillow calls bicubic."""
+def _resize(image: Image.Image, box: Box, size: int) -> Image.Image:
+  """RGB, cropped and resampled in one call with the antialiased Catmull-Rom filter that Pillow calls bicubic."""
   if cykooz_resizer is None:
     resized = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=_REDUCING_GAP)
   else:
@@ -189,4 +194,4 @@ def _resize(image: Image.Image, box: Box, size: int) -> np.ndarray:
     crop = cykooz_resizer.CropBox(box[0], box[1], box[2] - box[0], box[3] - box[1])
     options = cykooz_resizer.ResizeOptions(resize_alg=filtered, crop_box=crop)
     cykooz_resizer.Resizer().resize_pil(image, resized, options)
-  return np.asarray(resized.convert("RGB"))
+  return resized if resized.mode == "RGB" else resized.convert("RGB")
