@@ -1,6 +1,7 @@
 """Both frameworks on one step: how near they are, and that a planted error is seen where it is."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -23,6 +24,7 @@ TEACHER = GOLDEN / "clip_vision_tiny.pth"
 OPTIONS = [
   f"--config={ROOT}/configs/quickstart.py:smoke",
   *("--config.data.image_size=32", "--config.model.patch_size=8", "--config.morphing.draws=1"),
+  *("--config.model.drop_path=0.5", "--config.morphing.split=random"),
 ]
 STAGES = ["embed", "block_0", "block_1", "tokens"]
 
@@ -187,6 +189,18 @@ def test_the_margin_of_a_parting_is_told(angles, margin):
   assert (parting["image"], parting["iteration"]) == (0, 1)
   assert parting["margin"] == pytest.approx(margin, rel=0.05)
   assert parting["score_difference"] > abs(margin) / 2
+
+
+def test_a_margin_is_told_of_groups_in_random_order():
+  order = np.array([0, 3, 5, 1, 4, 2])  # of tokens, by position
+  priorities = np.empty((1, 1, 1, 6), np.float32)
+  priorities[..., order] = np.linspace(0.9, 1, 6)
+  priorities[..., 0] = 0.99  # a protected first token stays first
+  reference, other = (np.empty((1, 6, 2), np.float32) for _ in range(2))
+  reference[:, order], other[:, order] = map(directions, PARTNERS)
+  group = functools.partial(partings.group_in_torch, priorities=priorities)
+  (draw,) = partings.compare_groups((reference, group), (other, group), np.array([1]), np.array([1]), True, priorities)
+  assert draw["partings"][0]["margin"] == pytest.approx(cosine(10) - cosine(10.01), rel=0.05)
 
 
 def test_equal_tokens_do_not_part():

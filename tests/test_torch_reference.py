@@ -1,15 +1,20 @@
 """The PyTorch step against everything recorded from the released code. Measured errors stand beside the tolerances."""
 
+import functools
 import pathlib
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import dtm_jax
 from dtm_jax.errors import InputError
 from dtm_jax.models.variants import VARIANTS, Variant
+from dtm_jax.morphing import split_priorities
 from dtm_jax.numerics import require_torch, torch_models, torch_reference
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -144,6 +149,59 @@ def test_schedules_per_image_equal_each_image_alone():
   together = torch_reference.dtm_loss(online, target, merges, iterations)
   alone = [torch_reference.dtm_loss(online[[i]], target[[i]], merges[i], iterations[i]) for i in range(3)]
   assert together.item() == pytest.approx(np.mean(alone), rel=7e-7)  # measured 7.1e-8
+
+
+MANY_SCHEDULES = [(1, 110), (7, 9), (9, 12), (98, 5)]  # merges, iterations: the groups pass through all rooms
+
+
+@pytest.mark.parametrize("protect_first", [True, False])
+def test_random_splits_equal_those_of_xla(protect_first):
+  tokens, keys = random_tokens(3, 128, 16), jax.random.split(jax.random.key(1), 3)
+  draw = jax.vmap(split_priorities, (None, 0, None))
+  priorities = tensor(np.array(jax.vmap(lambda key: draw(key, jnp.arange(110), 128))(keys)))
+  group = jax.vmap(
+    functools.partial(dtm_jax.group_tokens, protect_first=protect_first, split="random"), (0, None, None)
+  )
+  for merges, iterations in MANY_SCHEDULES:
+    labels = group(tokens.numpy(), merges, iterations, key=keys)
+    groups, num_groups = torch_reference.group_tokens(
+      tokens, merges, iterations, protect_first=protect_first, priorities=priorities
+    )
+    np.testing.assert_array_equal(torch_reference.smallest_member(groups), labels)
+    assert len(np.unique(labels[0])) == num_groups
+  in_order, _ = torch_reference.group_tokens(tokens, 9, 12)
+  shuffled, _ = torch_reference.group_tokens(tokens, 9, 12, priorities=priorities)
+  assert not torch.equal(in_order, shuffled)
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_the_loss_of_random_splits_equals_that_of_xla(per_image):
+  online, target = random_tokens(2, 3, 40, 8)
+  keys = jax.random.split(jax.random.key(2), 3)
+  draws = jax.vmap(lambda key: jnp.stack([jax.random.fold_in(key, draw) for draw in range(2)]))(keys)
+  one = jax.vmap(split_priorities, (None, 0, None))
+  priorities = tensor(np.array(jax.vmap(jax.vmap(lambda key: one(key, jnp.arange(9), 40)))(draws)))
+  schedule = (
+    np.array([[3, 9], [12, 2], [0, 1]] if per_image else [5, 9]),
+    np.array([[2, 4]] * 3 if per_image else [7, 3]),
+  )
+  ours = torch_reference.dtm_loss(online, target, *(x.tolist() for x in schedule), priorities=priorities)
+  expected = dtm_jax.dtm_loss(online.numpy(), target.numpy(), *schedule, split="random", image_keys=keys)
+  assert ours.item() == pytest.approx(float(expected), rel=2e-6)  # measured 2.2e-7
+  assert ours.item() != pytest.approx(torch_reference.dtm_loss(online, target, *(x.tolist() for x in schedule)).item())
+
+
+def test_branch_scales_multiply_the_two_branches_of_each_block():
+  student = load_student(sdpa=False)
+  images, scales = torch.linspace(-2, 2, 2 * 3 * 64 * 64).reshape(2, 3, 64, 64), torch.ones(3, 2, 2)
+  scales[1, 0, 1], scales[2, 1, 0] = 0, 2
+  with torch.no_grad():
+    together = student(images, None, scales)
+    for image, (block, gamma, factor) in enumerate([(2, "gamma_2", 2), (1, "gamma_1", 0)]):
+      changed = load_student(sdpa=False)
+      getattr(changed.blocks[block], gamma).mul_(factor)
+      torch.testing.assert_close(together[image], changed(images)[image], rtol=0, atol=1e-6)
+      assert (together[image] - student(images)[image]).abs().max() > 1e-3
 
 
 @both_attentions

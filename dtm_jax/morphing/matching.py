@@ -82,7 +82,7 @@ def group_tokens(
 
   def round_(i, groups):
     if key is not None:
-      groups = _shuffle(groups, jax.random.fold_in(key, i), protect_first)
+      groups = _shuffle(groups, split_priorities(key, i, num_tokens), protect_first)
     return _merge_closest(groups, merges, protect_first)
 
   i = jnp.int32(0)
@@ -97,6 +97,12 @@ def group_tokens(
     )
   smallest = jax.ops.segment_min(index, groups.position, num_tokens)
   return smallest[groups.position]
+
+
+def split_priorities(key: jax.Array, iteration: jax.typing.ArrayLike, num_tokens: int) -> jax.Array:
+  """What split="random" draws in an iteration, from 0: float32 [N]. The groups, in their order, are sorted by the
+  first of them, as many as there are groups."""
+  return jax.random.uniform(jax.random.fold_in(key, iteration), (num_tokens,))
 
 
 def _move(groups: _Groups, room: int) -> _Groups:
@@ -168,12 +174,12 @@ def _rank_descending(values: jax.Array) -> jax.Array:
   return jnp.sum(ahead, axis=-1, dtype=jnp.int32)
 
 
-def _shuffle(groups: _Groups, key: jax.Array, protect_first: bool) -> _Groups:
+def _shuffle(groups: _Groups, priorities: jax.Array, protect_first: bool) -> _Groups:
   """Puts the groups in random order, except that a protected token 0 stays first."""
   index = jnp.arange(groups.home.size, dtype=jnp.int32)
-  priority = jnp.where(index < groups.active, jax.random.uniform(key, index.shape), 2.0)
+  priorities = jnp.where(index < groups.active, priorities[: index.size], 2.0)
   if protect_first:
-    priority = priority.at[0].set(-1.0)
-  order = jnp.argsort(priority)
+    priorities = priorities.at[0].set(-1.0)
+  order = jnp.argsort(priorities)
   moved = jnp.zeros_like(index).at[order].set(index)
   return groups._replace(home=groups.home[order], position=moved[groups.position])

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from dtm_jax.numerics.case import (
   Case,
   Inputs,
   loss_settings,
+  random_draws,
   teacher_images,
   to_device,
   to_nchw,
@@ -109,7 +111,7 @@ def run_xla(case: Case, inputs: Inputs, setting: Setting) -> Outcome:
     tensors, targets, grads, params = jax.tree.map(np.asarray, compute(case.params, teacher_params))
   for prefix, tree in (("gradient", grads), ("updated", params)):
     tensors |= {f"{prefix}/{name}": value for name, value in parameters("student", tree).items()}
-  return Outcome(tensors, targets, partings.group_in_xla)
+  return Outcome(tensors, targets, functools.partial(partings.group_in_xla, keys=inputs.split_keys))
 
 
 def _xla_step(case: Case, inputs: Inputs) -> tuple[Callable, Any]:
@@ -126,7 +128,7 @@ def _xla_step(case: Case, inputs: Inputs) -> tuple[Callable, Any]:
 
   @jax.jit
   def compute(params, teacher_params):
-    online, student_stream = _residual_stream(student, params, inputs.images, inputs.mask)
+    online, student_stream = _residual_stream(student, params, inputs.images, inputs.mask, inputs.drop_path_keys)
     tensors = _stages("student", student_stream, online)
     targets = teacher.apply(teacher_params, inputs.unit_images)
     if case.teacher_is_live:
@@ -179,6 +181,7 @@ def run_torch(case: Case, inputs: Inputs, setting: Setting) -> Outcome:
       inputs.iterations.tolist(),
       lr=case.config.peak_lr,
       dtype=getattr(torch, setting.dtype),
+      **random_draws(inputs),
       **loss_settings(case),
     )
   seen["step/loss"], seen["step/grad_norm"] = np.float32(loss.item()), np.float32(grad_norm.item())
@@ -186,7 +189,7 @@ def run_torch(case: Case, inputs: Inputs, setting: Setting) -> Outcome:
   seen["step/token_loss"] = _token_loss(case, inputs, seen["student/tokens"], targets)
   for name, parameter in student.named_parameters():
     keep(f"updated/{name}", parameter)
-  return Outcome(seen, targets, partings.group_in_torch)
+  return Outcome(seen, targets, functools.partial(partings.group_in_torch, priorities=inputs.priorities))
 
 
 def _watch_tower(prefix: str, tower: torch.nn.Module, blocks: torch.nn.ModuleList, keep: Callable) -> None:
@@ -241,7 +244,7 @@ def compare(reference: Outcome, other: Outcome, case: Case, inputs: Inputs) -> d
   protect_first = case.config.morphing.protect_first
   morphing = partings.compare_groups(
     *((outcome.targets, outcome.group) for outcome in (reference, other)),
-    *(inputs.merges, inputs.iterations, protect_first),
+    *(inputs.merges, inputs.iterations, protect_first, inputs.priorities),
   )
   return {"tensors": tensors, "morphing": morphing}
 

@@ -18,26 +18,45 @@ Group = Callable[[np.ndarray, np.ndarray, np.ndarray, bool], np.ndarray]
 _Groups = list[np.ndarray]  # members of each group, groups in the order of the matching
 
 
-def group_in_torch(tokens: np.ndarray, merges: np.ndarray, iterations: np.ndarray, protect_first: bool) -> np.ndarray:
-  """The reference's groups; see `Group`."""
+def group_in_torch(
+  tokens: np.ndarray,
+  merges: np.ndarray,
+  iterations: np.ndarray,
+  protect_first: bool,
+  priorities: np.ndarray | None = None,
+) -> np.ndarray:
+  """The reference's groups; see `Group`, and `priorities` float32 [B, L, K, N] for a random split."""
   images, labels = torch.from_numpy(np.array(tokens)), np.empty((*merges.shape, tokens.shape[1]), np.int64)
   for draw, schedules in enumerate(np.stack([merges, iterations], axis=-1).swapaxes(0, 1)):
     for schedule in np.unique(schedules, axis=0):
       rows = (schedules == schedule).all(axis=-1)
-      group, _ = torch_reference.group_tokens(images[rows], *schedule.tolist(), protect_first=protect_first)
+      split = None if priorities is None else torch.from_numpy(priorities[rows, draw])
+      group, _ = torch_reference.group_tokens(
+        images[rows], *schedule.tolist(), protect_first=protect_first, priorities=split
+      )
       labels[rows, draw] = torch_reference.smallest_member(group)
   return labels
 
 
-def group_in_xla(tokens: np.ndarray, merges: np.ndarray, iterations: np.ndarray, protect_first: bool) -> np.ndarray:
-  """The groups of `dtm_jax.group_tokens`; see `Group`."""
-  return np.asarray(_group_in_xla(tokens, jnp.asarray(merges), jnp.asarray(iterations), protect_first))
+def group_in_xla(
+  tokens: np.ndarray,
+  merges: np.ndarray,
+  iterations: np.ndarray,
+  protect_first: bool,
+  keys: jax.Array | None = None,
+) -> np.ndarray:
+  """The groups of `dtm_jax.group_tokens`; see `Group`, and PRNG `keys` [B, L] for a random split."""
+  return np.asarray(_group_in_xla(tokens, jnp.asarray(merges), jnp.asarray(iterations), protect_first, keys))
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _group_in_xla(tokens, merges, iterations, protect_first):
-  group = functools.partial(group_tokens, protect_first=protect_first)
-  return jax.vmap(jax.vmap(group, (None, 0, 0)))(tokens, merges, iterations)
+def _group_in_xla(tokens, merges, iterations, protect_first, keys):
+  split = "alternate" if keys is None else "random"
+
+  def group(tokens, merges, iterations, key):
+    return group_tokens(tokens, merges, iterations, protect_first=protect_first, split=split, key=key)
+
+  return jax.vmap(jax.vmap(group, (None, 0, 0, 0)))(tokens, merges, iterations, keys)
 
 
 def compare_groups(
@@ -46,6 +65,7 @@ def compare_groups(
   merges: np.ndarray,
   iterations: np.ndarray,
   protect_first: bool,
+  priorities: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
   """How far two groupings agree, and why the images that part do so.
 
@@ -55,6 +75,7 @@ def compare_groups(
     merges: int [L] or [B, L], per iteration.
     iterations: as `merges`.
     protect_first: see `group_tokens`.
+    priorities: float32 [B, L, K, N], what a random split draws; None where there is none.
 
   Returns:
     For each draw `merges` and `iterations` (all that occur), `tokens_equal` and `images_equal` (shares), and
@@ -76,12 +97,15 @@ def compare_groups(
   equal = labels(reference, last) == labels(other, last)
   wanted = range(1, 1 + (0 if equal.all() else last))
   history = [(labels(reference, most), labels(other, most)) for most in wanted]
+
+  def explain(image: int, draw: int) -> dict[str, Any]:
+    order = _in_order if priorities is None else functools.partial(_shuffle, priorities[image, draw], protect_first)
+    pairs = [(a[image, draw], b[image, draw]) for a, b in history]
+    return {"image": image} | _explain(reference[0][image], other[0][image], pairs, order)
+
   rows = []
   for draw in range(shape[1]):
-    partings = [
-      {"image": int(i)} | _explain(reference[0][i], other[0][i], [(a[i, draw], b[i, draw]) for a, b in history])
-      for i in np.flatnonzero(~equal[:, draw].all(axis=-1))
-    ]
+    partings = [explain(i, draw) for i in np.flatnonzero(~equal[:, draw].all(axis=-1)).tolist()]
     rows.append(
       {
         "merges": sorted({*merges[:, draw].tolist()}),
@@ -94,17 +118,37 @@ def compare_groups(
   return rows
 
 
-def _explain(tokens: np.ndarray, other: np.ndarray, history: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-  """The first difference in a history of labels [N], of both sides after each iteration; there is one."""
+def _explain(
+  tokens: np.ndarray,
+  other: np.ndarray,
+  history: list[tuple[np.ndarray, np.ndarray]],
+  order: Callable[[int, _Groups], _Groups],
+) -> dict[str, Any]:
+  """The first difference in a history of labels [N], of both sides after each iteration; there is one.
+
+  `order` puts the groups in the order of an iteration.
+  """
   groups = [np.array([i]) for i in range(len(tokens))]
   parted = next(i for i, (labels, other_labels) in enumerate(history) if not np.array_equal(labels, other_labels))
-  for labels, _ in history[:parted]:
-    groups = _merge(groups, labels)
+  for i, (labels, _) in enumerate(history[:parted]):
+    groups = _merge(order(i, groups), labels)
+  groups = order(parted, groups)
   labels, other_labels = history[parted]
   scores, other_scores = _scores(tokens, groups), _scores(other, groups)
   margin, rows = _margin(scores, _partners(groups, labels), _partners(groups, other_labels))
   apart = np.abs(scores[rows] - other_scores[rows]).max()
   return {"iteration": parted + 1, "margin": float(margin), "score_difference": float(apart)}
+
+
+def _in_order(iteration: int, groups: _Groups) -> _Groups:
+  del iteration
+  return groups
+
+
+def _shuffle(priorities: np.ndarray, protect_first: bool, iteration: int, groups: _Groups) -> _Groups:
+  """The groups in a random split's order; priorities [K, N]."""
+  of_groups = torch.from_numpy(priorities[None, iteration, : len(groups)])
+  return [groups[i] for i in torch_reference.random_order(of_groups, protect_first)[0]]
 
 
 def _scores(tokens: np.ndarray, groups: _Groups) -> np.ndarray:

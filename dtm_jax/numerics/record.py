@@ -16,6 +16,7 @@ from dtm_jax.numerics.case import (
   Case,
   Inputs,
   loss_settings,
+  random_draws,
   teacher_images,
   to_device,
   to_nchw,
@@ -99,7 +100,8 @@ def _step(case: Case, student, teacher, optimizer, inputs: Inputs) -> dict[str, 
     to_device(inputs.mask),
     inputs.merges.tolist(),
     inputs.iterations.tolist(),
-    lr=inputs.lr,
+    lr=float(inputs.lr),
+    **random_draws(inputs),
     **loss_settings(case),
   )
   row = {
@@ -116,14 +118,17 @@ def _step(case: Case, student, teacher, optimizer, inputs: Inputs) -> dict[str, 
 
 def _settings(case: Case) -> dict[str, Any]:
   """What is the same at every step, by its name in the trace."""
-  optim = case.config.optim
+  config, optim = case.config, case.config.optim
   return loss_settings(case) | {
     "kind": "pretrain",
     "betas": optim.betas,
     "eps": optim.eps,
     "weight_decay": optim.weight_decay,
     "layer_decay": optim.layer_decay,
-    "patch_size": case.config.model.patch_size,
+    "patch_size": config.model.patch_size,
+    "drop_path": config.model.drop_path,
+    "split": config.morphing.split,
+    "seed": config.run.seed,
     "recorded_with": f"PyTorch {torch.__version__} on {torch_device()}",
   }
 

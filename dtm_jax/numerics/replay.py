@@ -70,10 +70,11 @@ def replay(trace: Trace, model_file: pathlib.Path, teacher_file: pathlib.Path | 
   config = _resolve_config(trace)
   rates = jnp.asarray(trace["lr"], jnp.float32)
   optimizer = create_optimizer(config.optim, schedule := lambda step: rates[step])
+  unsaved = {"layer_scale": 0.0, "drop_path": trace.drop_path}  # layer scale is that of new parameters
   if trace.kind == "pretrain":
-    step = _pretrain_step(trace, config, ViT(**sizes, layer_scale=0.0), teacher_file, optimizer, schedule)
+    step = _pretrain_step(trace, config, ViT(**sizes, **unsaved), teacher_file, optimizer, schedule)
   else:
-    step = _finetune_step(trace, config, Classifier(**sizes, layer_scale=0.0), optimizer, schedule)
+    step = _finetune_step(trace, config, Classifier(**sizes, **unsaved), optimizer, schedule)
   state, history = create_train_state(params, optimizer), []
   for i in tqdm.trange(len(trace), desc="steps", disable=None):
     state, metrics = step(state, i)
@@ -136,20 +137,23 @@ def _teacher(trace, config, teacher_file) -> tuple[Teacher, Callable[[int], Any]
 
 
 def _resolve_config(trace: Trace) -> config_lib.Config:
-  """The recorded run's settings. Images are normalised already, and nothing is random."""
+  """The recorded run's settings. Images are augmented and normalised already."""
   config = config_lib.base()
   config.data.update(batch_size=trace["images_nchw"].shape[1], image_size=trace.image_size, color_jitter=0.0)
   config.data.update(mean=(0.0,) * 3, std=(1.0,) * 3, num_masked=1)
-  config.model.update(patch_size=trace.patch_size, drop_path=0.0, dtype="float32")
+  config.model.update(patch_size=trace.patch_size, drop_path=trace.drop_path, dtype="float32")
   clip_norm = float(trace["max_grad_norm"])
   config.optim.update(betas=tuple(trace["betas"].astype(float).tolist()), eps=float(trace["eps"]))
   config.optim.update(
     weight_decay=float(trace["weight_decay"]), clip_norm=clip_norm if np.isfinite(clip_norm) else None
   )
+  if "seed" in trace:
+    config.run.seed = trace["seed"].item()
   if "layer_decay" in trace:
     config.optim.layer_decay = float(trace["layer_decay"])
   if trace.kind == "pretrain":
     config.morphing.update(enabled=trace["iterations"].shape[-1] > 0, distance=str(trace["distance"]), budget=None)
+    config.morphing.split = trace.split
     config.morphing.update({name: trace[name].item() for name in ("loss_on", "protect_first") if name in trace})
     config.teacher.normalize_targets = "normalize_targets" in trace and bool(trace["normalize_targets"])
   try:

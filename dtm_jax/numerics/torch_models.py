@@ -1,7 +1,7 @@
 """Student, fine-tuning model and CLIP vision tower in plain PyTorch, for `torch_reference`.
 
 Parameter names are those of the public checkpoints: BEiT's for the student and the fine-tuning model, OpenAI's for the
-CLIP tower. There is no stochastic depth, because a comparison needs steps that repeat.
+CLIP tower. Stochastic depth is given, not drawn, because a comparison needs steps that repeat.
 """
 
 import math
@@ -96,9 +96,12 @@ class Block(nn.Module):
     self.mlp = Mlp(size.width)
     self.gamma_2 = nn.Parameter(torch.full((size.width,), size.layer_scale))
 
-  def forward(self, x: Tensor, shared_bias: Tensor | None) -> Tensor:
-    x = x + self.gamma_1 * self.attn(self.norm1(x), shared_bias)
-    return x + self.gamma_2 * self.mlp(self.norm2(x))
+  def forward(self, x: Tensor, shared_bias: Tensor | None, branch_scale: Tensor | None) -> Tensor:
+    gammas = self.gamma_1, self.gamma_2
+    if branch_scale is not None:
+      gammas = [gamma * scale[:, None, None] for gamma, scale in zip(gammas, branch_scale, strict=True)]
+    x = x + gammas[0] * self.attn(self.norm1(x), shared_bias)
+    return x + gammas[1] * self.mlp(self.norm2(x))
 
 
 class PatchEmbed(nn.Module):
@@ -126,11 +129,14 @@ class Encoder(nn.Module):
     self.patch_embed = PatchEmbed(patch_size, size.width)
     self.blocks = nn.ModuleList(Block(grid, size, sdpa=sdpa) for _ in range(size.depth))
 
-  def encode(self, patches: Tensor, shared_bias: Tensor | None) -> Tensor:
-    """Embedded patches [B, N, D] -> class and patch tokens after the last block, [B, 1 + N, D]."""
+  def encode(self, patches: Tensor, shared_bias: Tensor | None, branch_scales: Tensor | None) -> Tensor:
+    """Embedded patches [B, N, D] -> class and patch tokens after the last block, [B, 1 + N, D].
+
+    `branch_scales` [depth, 2, B] multiply the branches of each block: 0, or 1 / the probability of keeping it.
+    """
     x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
-    for block in self.blocks:
-      x = block(x, shared_bias)
+    for i, block in enumerate(self.blocks):
+      x = block(x, shared_bias, None if branch_scales is None else branch_scales[i])
     return x
 
   @torch.no_grad()
@@ -164,16 +170,16 @@ class Student(Encoder):
     self.lm_head = nn.Linear(size.width, out_dim)
     self._initialize(bound=_INIT_STD)
 
-  def features(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+  def features(self, images: Tensor, mask: Tensor | None = None, branch_scales: Tensor | None = None) -> Tensor:
     """Class and patch tokens after the final norm, [B, 1 + N, D]; see `forward` for the arguments."""
     patches = self.patch_embed(images)
     if mask is not None:
       patches = torch.where(mask.unsqueeze(-1), self.mask_token, patches)
-    return self.norm(self.encode(patches, self.rel_pos_bias.bias()))
+    return self.norm(self.encode(patches, self.rel_pos_bias.bias(), branch_scales))
 
-  def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+  def forward(self, images: Tensor, mask: Tensor | None = None, branch_scales: Tensor | None = None) -> Tensor:
     """Normalised images [B, 3, height, width] and masks bool [B, N] (True = masked) -> tokens [B, N, K]."""
-    return self.lm_head(self.features(images, mask)[:, 1:])
+    return self.lm_head(self.features(images, mask, branch_scales)[:, 1:])
 
 
 class Classifier(Encoder):
@@ -187,13 +193,13 @@ class Classifier(Encoder):
     with torch.no_grad():
       self.head.weight.mul_(_HEAD_INIT_SCALE)
 
-  def features(self, images: Tensor) -> Tensor:
+  def features(self, images: Tensor, branch_scales: Tensor | None = None) -> Tensor:
     """Class and patch tokens after the last block, without a norm, [B, 1 + N, D]."""
-    return self.encode(self.patch_embed(images), None)
+    return self.encode(self.patch_embed(images), None, branch_scales)
 
-  def forward(self, images: Tensor) -> Tensor:
+  def forward(self, images: Tensor, branch_scales: Tensor | None = None) -> Tensor:
     """Normalised images [B, 3, height, width] -> logits [B, num_classes]."""
-    return self.head(self.fc_norm(self.features(images)[:, 1:].mean(dim=1)))
+    return self.head(self.fc_norm(self.features(images, branch_scales)[:, 1:].mean(dim=1)))
 
 
 # ------------------------------------------------------------ CLIP vision tower

@@ -26,7 +26,9 @@ def merges_per_iteration(num_merged: int, iterations: int, budget: int) -> int:
 
 
 @torch.no_grad()
-def group_tokens(tokens: Tensor, merges: int, iterations: int, *, protect_first: bool = True) -> tuple[Tensor, int]:
+def group_tokens(
+  tokens: Tensor, merges: int, iterations: int, *, protect_first: bool = True, priorities: Tensor | None = None
+) -> tuple[Tensor, int]:
   """Groups the tokens of each image by iterated bipartite matching.
 
   Args:
@@ -34,19 +36,30 @@ def group_tokens(tokens: Tensor, merges: int, iterations: int, *, protect_first:
     merges: tokens to merge in each iteration.
     iterations: number of iterations.
     protect_first: token 0 never merges.
+    priorities: float32 [B, K, N], K >= iterations: before each iteration the groups are sorted by the first of that
+      iteration's, as many as there are groups; a protected token 0 stays first. None leaves them in order.
 
   Returns:
     The group of each token, int64 [B, N] in 0..G-1, and the number of groups G (the same for all images).
   """
   sums = tokens
   group = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
-  for _ in range(iterations):
+  for i in range(iterations):
     r = min(merges, (sums.shape[1] - protect_first) // 2)
     if r == 0:
       break
+    if priorities is not None:
+      order = random_order(priorities[:, i, : sums.shape[1]], protect_first)
+      sums, group = sums.gather(1, _columns(order, sums)), order.argsort(dim=1).gather(1, group)
     sums, moved_to = _match(sums, r, protect_first)
     group = moved_to.gather(1, group)
   return group, sums.shape[1]
+
+
+def random_order(priorities: Tensor, protect_first: bool) -> Tensor:
+  """Which group comes to each position, int64 [B, G], of groups with priorities [B, G]."""
+  first = priorities[:, :protect_first] - 1  # below all others, which are at least 0
+  return torch.cat([first, priorities[:, protect_first:]], dim=1).argsort(dim=1, stable=True)
 
 
 def _match(sums: Tensor, r: int, protect_first: bool) -> tuple[Tensor, Tensor]:
@@ -123,6 +136,7 @@ def dtm_loss(
   mask: Tensor | None = None,
   protect_first: bool = True,
   normalize_targets: bool = False,
+  priorities: Tensor | None = None,
 ) -> Tensor:
   """Mean over the draws of the distance between morphed online and morphed target tokens [B, N, D].
 
@@ -135,6 +149,7 @@ def dtm_loss(
     mask: bool [B, N], True where a position counts (default: all).
     protect_first: token 0 never merges.
     normalize_targets: see `normalize_tokens`; after morphing.
+    priorities: float32 [B, L, K, N] for a random split, see `group_tokens`.
 
   Returns:
     A scalar.
@@ -151,8 +166,9 @@ def dtm_loss(
     return (distances if mask is None else distances[mask]).mean()
 
   losses = []
-  for r, k in zip(_by_draw(merges), _by_draw(iterations), strict=True):
-    group, num_groups = _group_images(target, r, k, protect_first)
+  for draw, (r, k) in enumerate(zip(_by_draw(merges), _by_draw(iterations), strict=True)):
+    of_draw = None if priorities is None else priorities[:, draw]
+    group, num_groups = _group_images(target, r, k, protect_first, of_draw)
     losses.append(compare(morph(online, group, num_groups), morph(target, group, num_groups)))
   return torch.stack(losses).mean() if losses else compare(online, target)
 
@@ -162,12 +178,15 @@ def _by_draw(values: Draws) -> list[int] | list[tuple[int, ...]]:
   return list(zip(*values, strict=True)) if values and isinstance(values[0], Sequence) else list(values)
 
 
-def _group_images(target: Tensor, merges, iterations, protect_first: bool) -> tuple[Tensor, int]:
+def _group_images(target: Tensor, merges, iterations, protect_first: bool, priorities) -> tuple[Tensor, int]:
   """`group_tokens`, image by image where each has its own schedule; some of the N groups are empty then."""
   if isinstance(merges, int):
-    return group_tokens(target, merges, iterations, protect_first=protect_first)
-  schedules = zip(target.split(1), merges, iterations, strict=True)
-  groups = [group_tokens(image, r, k, protect_first=protect_first)[0] for image, r, k in schedules]
+    return group_tokens(target, merges, iterations, protect_first=protect_first, priorities=priorities)
+  splits = [None] * len(target) if priorities is None else priorities.split(1)
+  groups = [
+    group_tokens(image, r, k, protect_first=protect_first, priorities=split)[0]
+    for image, r, k, split in zip(target.split(1), merges, iterations, splits, strict=True)
+  ]
   return torch.cat(groups), target.shape[1]
 
 
@@ -231,6 +250,7 @@ def train_step(
   max_grad_norm: float = 3.0,
   dtype: torch.dtype = torch.float32,
   loss_on: str = "all",
+  branch_scales: Tensor | None = None,
   **loss_options: Any,
 ) -> tuple[Tensor, Tensor]:
   """One step of pre-training, in place.
@@ -247,6 +267,7 @@ def train_step(
     max_grad_norm: the gradient's global norm is clipped to this; `math.inf` does not.
     dtype: bfloat16 runs both models under `torch.autocast`; the loss is always computed in float32.
     loss_on: "all" positions, or the "masked" ones.
+    branch_scales: float32 [depth, 2, B] of stochastic depth, see `torch_models.Encoder`.
     **loss_options: of `dtm_loss`.
 
   Returns:
@@ -256,7 +277,7 @@ def train_step(
   with _autocast(images, dtype):
     with torch.no_grad():
       target = teacher if isinstance(teacher, Tensor) else teacher(images)
-    online = student(images, mask)
+    online = student(images, mask, branch_scales)
   counted = mask if loss_on == "masked" else None
   loss = dtm_loss(online.float(), target.float(), merges, iterations, mask=counted, **loss_options)
   return loss.detach(), _update(student, optimizer, loss, lr, max_grad_norm)
@@ -271,6 +292,7 @@ def finetune_step(
   lr: float,
   max_grad_norm: float = math.inf,
   dtype: torch.dtype = torch.float32,
+  branch_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
   """One step of fine-tuning with soft targets, in place.
 
@@ -282,13 +304,14 @@ def finetune_step(
     lr: learning rate of the head; layers below have theirs from the optimiser's `layer_decay`.
     max_grad_norm: see `train_step`.
     dtype: see `train_step`.
+    branch_scales: see `train_step`.
 
   Returns:
     Loss, gradient norm before clipping, and the logits [B, num_classes] before the step.
   """
   optimizer.zero_grad(set_to_none=True)
   with _autocast(images, dtype):
-    logits = model(images)
+    logits = model(images, branch_scales)
   loss = F.cross_entropy(logits.float(), target)
   return loss.detach(), _update(model, optimizer, loss, lr, max_grad_norm), logits.detach().float()
 

@@ -53,6 +53,9 @@ _OPTIONAL = {
   "protect_first": _Field("b"),
   "loss_on": _Field("U"),
   "layer_decay": _Field("f"),
+  "drop_path": _Field("f"),
+  "split": _Field("U"),
+  "seed": _Field("i"),
 }
 KINDS = tuple(_REQUIRED)
 
@@ -92,6 +95,16 @@ class Trace:
   def patch_size(self) -> int:
     """Pixels of a side."""
     return int(self.arrays["patch_size"])
+
+  @property
+  def drop_path(self) -> float:
+    """Rate of stochastic depth in the last block."""
+    return float(self["drop_path"]) if "drop_path" in self else 0.0
+
+  @property
+  def split(self) -> str:
+    """How groups are split, "alternate" or "random"."""
+    return str(self["split"]) if "split" in self else "alternate"
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -219,6 +232,9 @@ def _check_values(trace: Trace) -> None:
     raise InputError(f"{some_of(bad)} hold NaN or infinity")
   if trace.patch_size < 1 or trace.image_size % trace.patch_size:
     raise InputError(f"patch_size {trace.patch_size} does not divide images of {trace.image_size} pixels")
+  _check_choice(trace, "split", "alternate", "random")
+  if "seed" not in trace and (trace.drop_path or trace.split == "random"):
+    raise InputError("has drop_path or a random split without the seed that they are drawn from")
   if trace.kind == "pretrain":
     _check_pretrain(trace)
 
@@ -239,5 +255,9 @@ def _check_pretrain(trace: Trace) -> None:
       raise InputError(f"{name} must be from {least} to {most}")
   if str(trace["distance"]) not in DISTANCES:
     raise InputError(f"distance is {str(trace['distance'])!r}, not one of {', '.join(DISTANCES)}")
-  if str(trace.arrays.get("loss_on", "all")) not in ("all", "masked"):
-    raise InputError(f"loss_on is {str(trace['loss_on'])!r}, not 'all' or 'masked'")
+  _check_choice(trace, "loss_on", "all", "masked")
+
+
+def _check_choice(trace: Trace, name: str, *choices: str) -> None:
+  if name in trace and str(trace[name]) not in choices:
+    raise InputError(f"{name} is {str(trace[name])!r}, not {' or '.join(map(repr, choices))}")
