@@ -80,7 +80,7 @@ def _solarize_add(image: Image.Image, strength: float, fill: Color) -> Image.Ima
 
 def _enhanced(enhancer: type) -> Operation:
   """Blends with, or away from, what `enhancer` compares with: a factor of 0.1 to 1.9."""
-  return lambda image, strength, fill: enhancer(image).enhance(max(0.1, 1 + 0.9 * strength))
+  return lambda image, strength, fill: enhancer(image).enhance(1 + 0.9 * strength)
 
 
 def _rotate(image: Image.Image, strength: float, fill: Color) -> Image.Image:
