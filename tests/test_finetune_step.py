@@ -32,6 +32,8 @@ def make_config(**changes) -> config_lib.Config:
   config.task = "finetune"
   config.data.update(image_size=32, color_jitter=0.0, num_masked=0)
   config.optim.layer_decay = 0.5
+  config.run.seed = 3
+  config.finetune.erase_prob = 0.5
   config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
   return config_lib.resolve(config)
 
@@ -85,9 +87,9 @@ def test_micro_batches_on_eight_devices_equal_the_big_batch_on_one():
   whole, losses = run_steps(make_config(**changes))
   split, split_losses = run_steps(make_config(**changes, optim__accumulate_steps=2), num_devices=8)
   assert split_losses == pytest.approx(losses, rel=7e-7)  # measured 7.4e-8
-  chex.assert_trees_all_close(split.params, whole.params, rtol=0, atol=9e-7)  # measured 9e-8
+  chex.assert_trees_all_close(split.params, whole.params, rtol=0, atol=9e-7)  # measured 3e-8 to 9e-8
   averages = [averaged_params(state.opt_state) for state in (split, whole)]
-  chex.assert_trees_all_close(*averages, rtol=0, atol=9e-7)  # measured 9e-8
+  chex.assert_trees_all_close(*averages, rtol=0, atol=9e-7)  # measured 3e-8 to 9e-8
 
 
 def test_stochastic_depth_draws_anew_each_step():
@@ -123,14 +125,13 @@ def test_with_everything_off_images_are_normalised_and_targets_are_the_classes()
 
 def test_a_step_erases_then_mixes_with_numbers_of_its_own():
   """Images are erased whole, and mixed afterwards: a hole is as deep as its image's share."""
-  seed, step = 3, 5
-  config = make_config(run__seed=seed, finetune__erase_prob=0.7, finetune__cutmix=0.0)
+  config, step = make_config(), 5
 
   @jax.jit
   def expect(images, targets):
-    keys = image_keys(stream_key(seed, Stream.ERASE, step), len(images))
-    erased, key = random_erase(keys, images, 0.7), stream_key(seed, Stream.MIX, step)
-    return mix(key, erased, 0.9 * targets + 0.1 / NUM_CLASSES, mixup=0.8, cutmix=0.0, cutmix_prob=0.5)
+    keys = image_keys(stream_key(3, Stream.ERASE, step), len(images))
+    erased, key = random_erase(keys, images, 0.5), stream_key(3, Stream.MIX, step)
+    return mix(key, erased, 0.9 * targets + 0.1 / NUM_CLASSES, mixup=0.8, cutmix=1.0, cutmix_prob=0.5)
 
   expected, actual = jax.device_get(expect(*prepared(make_config(**OFF), 0))), prepared(config, step)
   chex.assert_trees_all_close(actual, expected, rtol=0, atol=4e-6)  # measured 4.8e-7
