@@ -59,9 +59,10 @@ def map_torch(path: pathlib.Path) -> tuple[object, mmap.mmap]:
     path: The file. It must stay in place and unchanged while arrays are in use.
 
   Returns:
-    saved: The saved object: dicts, lists, numbers and strings as they are,
-      tensors as read-only numpy views of the file, TorchScript modules as
-      `TorchModule`.
+    saved: The saved object: dicts, lists, numbers and strings as they are
+      (but for keys other than strings and integers, which become "<tuple>" and
+      the like), tensors as read-only numpy views of the file, TorchScript
+      modules as `TorchModule`.
     mapped: The file.
 
   Raises:
@@ -212,10 +213,7 @@ class _Machine:
     if not isinstance(target, dict):
       raise ValueError("entries for what is no dict")
     for key, value in zip(entries[0::2], entries[1::2], strict=True):
-      # A small program can make tuples that take longer than a life to hash, and huge integers that all collide.
-      if type(key) is not str and (type(key) is not int or key.bit_length() > 64):
-        raise self._refused(f"has a dict with {type(key).__name__} keys")
-      target[key] = value
+      target[_key(key)] = value
     self._push(target)
 
   def _look_up(self, module: str, name: str) -> None:
@@ -267,6 +265,12 @@ def _tensor(storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_) 
 
 def _first(value: object, *_) -> object:
   return value
+
+
+def _key(value: object) -> str | int:
+  """A key of a dict: a small program can make tuples that take for ever to hash, and huge integers that collide."""
+  is_small = type(value) is int and value.bit_length() <= 64
+  return value if is_small or type(value) is str else f"<{type(value).__name__}>"
 
 
 def _empty_dict() -> dict:
