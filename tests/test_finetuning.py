@@ -1,0 +1,242 @@
+"""Task "finetune" from start to end: where it begins, what it keeps, and how its accuracy is counted."""
+
+import dataclasses
+import itertools
+import logging
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import runs
+from configs import finetune_quickstart, quickstart
+from dtm_jax import config as config_lib
+from dtm_jax import convert, finetuning, pretraining, restore, sharding
+from dtm_jax.augment import normalize
+from dtm_jax.convert.transfer import resize_tables, to_classifier, with_new_head
+from dtm_jax.data.sources import open_source
+from dtm_jax.data.transforms import eval_image
+from dtm_jax.errors import InputError
+from dtm_jax.evaluate.accuracy import accuracies
+from dtm_jax.train_state import params_sha256
+
+NUM_STEPS, EVALUATE_EVERY = 5, 2
+NUM_TEST, TEST_BATCH = 21, 16  # the last batch is not full, and no multiple of the devices
+
+
+def settings(init="", **changes):
+  config = finetune_quickstart.get_config("smoke")
+  config.run.update(steps=NUM_STEPS, checkpoint_every_steps=2)
+  config.finetune.init = str(init)
+  config.eval.update(every_epochs=EVALUATE_EVERY / 64, batch_size=TEST_BATCH, max_test_images=NUM_TEST)  # of 64 steps
+  with config.unlocked():
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+  return config_lib.resolve(config)
+
+
+def run(workdir, init="", *, stop_after=None, **changes) -> bool:
+  asked = itertools.count()
+  stop = (lambda: False) if stop_after is None else (lambda: next(asked) >= stop_after)
+  return finetuning.run(settings(init, **changes), workdir, "test", stop)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory, compile_cache):
+  """The work folder of two steps of pre-training."""
+  workdir = tmp_path_factory.mktemp("pretrained")
+  config = quickstart.get_config("smoke")
+  config.eval.update(knn=False, figure_images=0)
+  assert pretraining.run(config_lib.resolve(config), workdir, "test", lambda: False)
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def finetuned(pretrained, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("finetuned")
+  assert run(workdir, pretrained)
+  return workdir
+
+
+# ------------------------------------------------------------ what a run leaves
+
+
+def test_a_run_leaves_its_accuracy_pictures_and_checkpoints(finetuned):
+  summary = runs.summary(finetuned)
+  evaluated = [row for row in runs.rows(finetuned) if "top1" in row]
+  assert [row["step"] for row in evaluated] == [2, 4, 5]
+  assert all({"top1", "top5", "ema_top1", "ema_top5"} <= row.keys() for row in evaluated)
+  assert {name: summary[name] for name in ("top1", "ema_top5")} == {n: evaluated[-1][n] for n in ("top1", "ema_top5")}
+  assert (summary["num_classes"], summary["steps"]) == (8, NUM_STEPS)
+  assert runs.checkpoints(finetuned)[-1] == NUM_STEPS
+  assert {path.name for path in (finetuned / "figures").iterdir()} == {"loss.png", "accuracy.png"}
+  assert params_sha256(restore.restore_run(finetuned).params) == summary["params_sha256"]
+
+
+def test_the_best_checkpoint_is_the_one_of_the_highest_score(finetuned):
+  summary = runs.summary(finetuned)
+  scores = {row["step"]: max(row["top1"], row["ema_top1"]) for row in runs.rows(finetuned) if "top1" in row}
+  best = restore.restore_run(finetuned, folder="best")
+  assert summary["best_top1"] == max(scores.values())
+  assert best.step == summary["best_step"] == min(step for step in scores if scores[step] == max(scores.values()))
+
+
+def test_the_average_is_of_the_weights_and_not_the_same(finetuned):
+  run = restore.restore_run(finetuned)
+  assert jax.tree.structure(run.averaged) == jax.tree.structure(run.params)
+  assert params_sha256(run.averaged) != params_sha256(run.params)
+
+
+@pytest.mark.parametrize("stop_after", [2, 4])
+def test_resume_equals_an_uninterrupted_run(pretrained, finetuned, tmp_path, stop_after):
+  """Also where the run is stopped just before the evaluation of its step."""
+  assert not run(tmp_path, pretrained, stop_after=stop_after)
+  assert run(tmp_path, pretrained)
+  assert runs.rows(tmp_path) == runs.rows(finetuned)
+  assert runs.summary(tmp_path)["params_sha256"] == runs.summary(finetuned)["params_sha256"]
+  assert restore.restore_run(tmp_path, folder="best").step == runs.summary(finetuned)["best_step"]
+
+
+def test_a_stop_inside_an_evaluation_makes_it_again(pretrained, finetuned, tmp_path):
+  """Asked before two steps and two batches of the first evaluation, then between the weights and their average."""
+  assert not run(tmp_path, pretrained, stop_after=2 + 1 + 2)
+  assert [row["step"] for row in runs.rows(tmp_path) if "top1" in row] == []
+  assert run(tmp_path, pretrained)
+  assert runs.rows(tmp_path) == runs.rows(finetuned)
+
+
+def test_the_weights_it_began_with_may_be_gone(finetuned, pretrained, tmp_path):
+  copy = tmp_path / "pretrained"
+  copy.symlink_to(pretrained)
+  assert not run(tmp_path / "run", copy, stop_after=3)
+  copy.unlink()
+  assert run(tmp_path / "run", copy)
+  assert runs.summary(tmp_path / "run")["params_sha256"] == runs.summary(finetuned)["params_sha256"]
+
+
+# ------------------------------------------------------------ accuracy
+
+
+def test_every_image_is_counted_once(finetuned):
+  """Against logits of the images one by one, on one device."""
+  config, checkpoint = settings(), restore.restore_run(finetuned)
+  source = open_source(config.data, "eval")
+  chosen = finetuning.build(config).evaluation_images(NUM_TEST)
+  everything = {eval_image(source[i].image, size=16).tobytes(): source[i].label for i in range(len(source))}
+  labels = np.array([everything[image.tobytes()] for image in chosen])
+  images = normalize(chosen, config.data.mean, config.data.std)
+  logits = np.concatenate([checkpoint.model.apply({"params": checkpoint.params}, image[None]) for image in images])
+  order = np.argsort(-logits, axis=1)
+  evaluated = next(row for row in runs.rows(finetuned) if row["step"] == NUM_STEPS and "top1" in row)
+  assert evaluated["top1"] == np.mean(order[:, 0] == labels)
+  assert evaluated["top5"] == np.mean((order[:, :5] == labels[:, None]).any(axis=1))
+
+
+def test_accuracy_is_the_same_on_one_device(finetuned):
+  """The mesh of the tests has eight."""
+  parts = finetuning.build(settings())
+  devices = np.array(jax.devices()[:1]).reshape(1, 1, 1)
+  alone = dataclasses.replace(parts, mesh=jax.sharding.Mesh(devices, parts.mesh.axis_names))
+  state = jax.device_put(parts.create_state(), sharding.replicated(alone.mesh))
+  assert alone.evaluate(state, lambda: False) == parts.evaluate(parts.create_state(), lambda: False)
+
+
+def test_top_5_needs_more_classes_than_five():
+  top = np.array([[2, 0, 1], [1, 2, 0]])
+  assert accuracies(top, np.array([2, 0])) == {"top1": 0.5}
+
+
+# ------------------------------------------------------------ where it begins
+
+
+def begun(init, **changes):
+  parts = finetuning.build(settings(init, **changes))
+  state, sha256 = parts.begin()
+  return jax.tree.map(np.asarray, state.params), sha256, parts
+
+
+def assert_same(params, expected):
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+@pytest.mark.parametrize("tables", config_lib.BIAS_TABLES)
+def test_begins_as_the_student(pretrained, tables):
+  student = restore.restore_run(pretrained)
+  params, sha256, _ = begun(pretrained, finetune__bias_tables=tables)
+  assert_same(params, to_classifier(student.params, 8, tables=tables, seed=0))
+  assert sha256 == student.sha256
+
+
+def test_a_weights_file_is_as_good_as_the_work_folder(pretrained, tmp_path):
+  convert.save_torch(tmp_path / "student.pth", "student", restore.restore_run(pretrained).params)
+  assert_same(begun(tmp_path / "student.pth")[0], begun(pretrained)[0])
+
+
+def test_begins_as_a_classifier_of_as_many_classes(finetuned):
+  assert_same(begun(finetuned)[0], restore.restore_run(finetuned).params)
+
+
+def test_other_classes_get_a_new_head_and_that_is_said(finetuned, caplog):
+  classifier = restore.restore_run(finetuned)
+  config = settings()
+  model = finetuning.build(config).model.clone(num_classes=5)
+  with caplog.at_level(logging.INFO):
+    params = finetuning.transfer(classifier, config, model)
+  assert_same(params, with_new_head(classifier.params, 5, seed=0))
+  assert "new head: its 8 classes are not the data's 5" in caplog.text
+
+
+def test_larger_images_resize_the_tables(pretrained, caplog):
+  with caplog.at_level(logging.INFO):
+    params, _, parts = begun(pretrained, data__image_size=24)
+  assert "bias tables resized from 4 x 4 to 6 x 6 patches" in caplog.text
+  student = restore.restore_run(pretrained)
+  assert_same(params, resize_tables(to_classifier(student.params, 8), (4, 4), (6, 6)))
+  assert parts.model.apply({"params": params}, np.zeros((1, 24, 24, 3), np.float32)).shape == (1, 8)
+
+
+def test_from_scratch_differs_by_seed():
+  first, sha256, _ = begun("")
+  assert sha256 == ""
+  assert params_sha256(first) != params_sha256(begun("", run__seed=1)[0])
+  assert params_sha256(first) == params_sha256(begun("")[0])
+
+
+# ------------------------------------------------------------ bad input
+
+
+def test_another_backbone_is_refused_before_anything_is_written(pretrained, tmp_path):
+  with pytest.raises(InputError, match=r"width 96, and config\.model asks for 384; set config\.model\.variant"):
+    run(tmp_path / "run", pretrained, model__variant="S")
+  assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_clip_is_refused():
+  with pytest.raises(InputError, match="is CLIP's tower; give a student or classifier"):
+    begun(runs.ROOT / "tests/golden/clip_vision_tiny.pth")
+
+
+def test_no_such_checkpoint():
+  with pytest.raises(InputError, match="nowhere does not exist; name the work folder of a run, or a weights file"):
+    begun("nowhere")
+
+
+def test_images_without_classes(tmp_path):
+
+  for i in range(12):
+    Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / f"{i:02d}.png")
+  with pytest.raises(InputError, match="no classes to learn"):
+    begun("", data__source="folder", data__path=str(tmp_path))
+
+
+def test_a_label_that_is_no_class():
+  parts = finetuning.build(settings())
+  batch = {"image": np.zeros((8, 16, 16, 3), np.uint8), "label": np.array([0, 1, 2, 3, 8, 5, 6, 7])}
+  with pytest.raises(InputError, match=r"1 training labels outside 0\.\.7, such as 8"):
+    parts.place(batch)
+
+
+@pytest.mark.parametrize("setting", [{"data__color_jitter": 0.4}, {"data__num_masked": 3}])
+def test_settings_of_pretraining_are_refused(setting):
+  with pytest.raises(InputError, match=r"set config\.data\.color_jitter=0 and num_masked=0"):
+    settings(**setting)
