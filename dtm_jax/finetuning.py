@@ -151,10 +151,9 @@ def build(config: Config) -> Parts:
   num_classes = setup.train_source.num_classes
   if num_classes is None:
     raise InputError("the training images have no classes to learn; name data that has (config.data)")
-  if setup.eval_source.num_classes != num_classes:
-    raise InputError(
-      f"{num_classes} classes to learn, and {setup.eval_source.num_classes} to be evaluated; mend the splits of config.data"
-    )
+  evaluated = setup.eval_source.num_classes
+  if evaluated != num_classes:
+    raise InputError(f"{num_classes} classes to learn and {evaluated} to be evaluated; mend the splits of config.data")
   return Parts(**vars(setup), model=create_classifier(config, num_classes))
 
 
