@@ -129,6 +129,7 @@ class DataConfig:
   source: str = "tfds"
   name: str = "imagenet2012"  # TFDS data set, for source "tfds"
   path: str = ""  # TFDS data_dir ("" is TFDS's own default), or the folder for source "folder"
+  label: str = "label"  # feature of a TFDS data set: the class, or several
   train_split: str = "train"
   eval_split: str = "validation"
   batch_size: int = 2048  # global, per optimiser step
@@ -140,6 +141,7 @@ class DataConfig:
   color_jitter: float = 0.4  # brightness, contrast and saturation; 0 turns it off
   color_jitter_on: str = "device"  # "host" is the release's order: before the crop
   rand_augment: str = ""  # in timm's words, such as "m9-mstd0.5-inc1"
+  eval_crop: float = 224 / 256  # side of evaluation's centre crop over the image's shorter side
   mean: tuple[float, float, float] = IMAGENET_MEAN  # of RGB in [0, 1]
   std: tuple[float, float, float] = IMAGENET_STD
   num_masked: int = 75  # patches per image, exactly
@@ -166,6 +168,7 @@ class DataConfig:
     _require(0 < low <= high <= 1, f"config.data.crop_scale={self.crop_scale} must be 0 < low <= high <= 1")
     low, high = self.crop_ratio
     _require(0 < low <= high, f"config.data.crop_ratio={self.crop_ratio} must be 0 < low <= high")
+    _require(0 < self.eval_crop <= 1, f"config.data.eval_crop={self.eval_crop} must be in (0, 1]")
     _require(min(self.std) > 0, f"config.data.std={self.std} must be positive")
 
 
@@ -336,6 +339,9 @@ class EvalConfig:
   fewshot: tuple[int, ...] = (1, 5, 10)  # training images per class; () is no few-shot
   fewshot_seeds: int = 5  # draws of these images
   save_features: bool = False  # features_train.npz and features_test.npz
+  classify: bool = False  # accuracy of a classifier's own head
+  sets: tuple[str, ...] = ()  # TFDS data sets to classify, each by itself; () is the one of config.data
+  only_own_classes: bool = False  # a set's images are told apart among the classes that occur in the set
 
   def __post_init__(self):
     _require_positive("eval", self, "knn_k", "knn_temperature", "max_train_images", "max_test_images", "batch_size")
@@ -347,10 +353,15 @@ class EvalConfig:
       all(number > 0 for number in self.fewshot) and len({*self.fewshot}) == len(self.fewshot),
       f"config.eval.fewshot={self.fewshot} must be different positive numbers of images",
     )
+    _require(len({*self.sets}) == len(self.sets), f"config.eval.sets={self.sets} names a data set twice")
 
   @property
   def needs_labels(self) -> bool:
     return self.knn or self.linear or bool(self.fewshot)
+
+  @property
+  def needs_features(self) -> bool:
+    return self.needs_labels or self.save_features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -380,9 +391,19 @@ class Config:
       self._check_finetuning()
 
   def _check_evaluation(self) -> None:
+    settings = self.eval
     _require(
-      self.eval.needs_labels or self.eval.save_features,
-      "nothing to evaluate: set one of config.eval.knn, linear, fewshot and save_features",
+      settings.needs_features or settings.classify,
+      "nothing to evaluate: set one of config.eval.knn, linear, fewshot, save_features and classify",
+    )
+    _require(
+      settings.classify or not (settings.sets or settings.only_own_classes),
+      "config.eval.sets and only_own_classes are for classifiers: set config.eval.classify=True",
+    )
+    _require(
+      not settings.sets or (self.data.source == "tfds" and not settings.needs_features),
+      "config.eval.sets are TFDS data sets to classify: set config.data.source='tfds', config.eval.knn=False,"
+      " linear=False, fewshot=() and save_features=False",
     )
 
   def _check_training(self) -> None:

@@ -39,6 +39,7 @@ class FakeSource:
   """Tiny synthetic images, of which some are broken."""
 
   num_classes = 8
+  label_shape = ()
 
   def __init__(self, length: int, broken: tuple[int, ...] = ()):
     self._length, self._broken, self._images = length, broken, sources.SyntheticSource("train")

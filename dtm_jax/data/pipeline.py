@@ -48,7 +48,7 @@ class EvalBatch(TypedDict):
   """Evaluation batch; a row that is not valid is padding (index -1) or an unreadable image (its index)."""
 
   image: np.ndarray  # uint8 [b, S, S, 3]
-  label: np.ndarray  # int32 [b]
+  label: np.ndarray  # int32 [b, ...], of the source's label_shape
   index: np.ndarray  # int64 [b]
   valid: np.ndarray  # bool [b]
 
@@ -218,15 +218,17 @@ class _EvalRow:
   """Index in the source, or -1 for padding -> one row of an `EvalBatch`."""
 
   def __init__(self, config: Config, source: Source):
-    self._size, self._source = config.data.image_size, source
+    self._size, self._crop, self._source = config.data.image_size, config.data.eval_crop, source
 
   def __call__(self, index: int) -> dict[str, np.ndarray]:
-    image, label, valid = np.zeros((self._size, self._size, 3), np.uint8), NO_LABEL, False
+    image, valid = np.zeros((self._size, self._size, 3), np.uint8), False
+    label = np.full(self._source.label_shape, NO_LABEL, np.int32)
     if index >= 0:
       with contextlib.suppress(*_UNREADABLE):
         example = self._source[index]
-        image, label, valid = transforms.eval_image(example.image, size=self._size), example.label, True
-    return {"image": image, "label": np.int32(label), "index": np.int64(index), "valid": np.bool_(valid)}
+        image, valid = transforms.eval_image(example.image, size=self._size, crop=self._crop), True
+        label[...] = example.label
+    return {"image": image, "label": label, "index": np.int64(index), "valid": np.bool_(valid)}
 
 
 def _row_rng(config: Config, stream: Stream, position: int) -> np.random.Generator:

@@ -55,6 +55,7 @@ class IdxSource:
   path: pathlib.Path
   images: np.ndarray  # uint8 [n, H, W]
   labels: np.ndarray  # uint8 [n]
+  label_shape: tuple[int, ...] = ()
 
   @property
   def num_classes(self) -> int:

@@ -3,7 +3,7 @@
 import io
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from dtm_jax.config import DataConfig
 from dtm_jax.errors import InputError
 
 NO_LABEL = -1
+MAX_LABELS = 64  # of one image, where a data set has images of several classes
 IMAGE_SUFFIXES = frozenset(
   (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 )  # compared in lower case
@@ -20,16 +21,20 @@ _HOLD_OUT_EVERY = 10  # images of a folder without an evaluation split
 
 
 class Example(NamedTuple):
-  """One encoded image and its class, NO_LABEL where the source has none."""
+  """One encoded image and its class, NO_LABEL where it has none.
+
+  From a source whose images may be of several classes, `label` is int32 [MAX_LABELS]: the classes, then NO_LABEL.
+  """
 
   image: bytes
-  label: int
+  label: int | np.ndarray
 
 
 class Source(Protocol):
   """Random access to encoded images; picklable, for worker processes."""
 
   num_classes: int | None
+  label_shape: tuple[int, ...]  # of an example's label: () or (MAX_LABELS,)
 
   def __len__(self) -> int: ...
 
@@ -54,9 +59,9 @@ def open_source(config: DataConfig, split: str) -> Source:
   split_name = config.train_split if split == "train" else config.eval_split
   match config.source:
     case "digits":
-      return TfdsSource(_digits_builder(config.path), split_name)
+      return TfdsSource(_digits_builder(config.path), split_name, config.label)
     case "tfds":
-      return TfdsSource(_tfds_builder(config.name, config.path), split_name)
+      return TfdsSource(_tfds_builder(config.name, config.path), split_name, config.label)
     case "folder":
       return _open_folder(config, split)
     case "synthetic":
@@ -65,35 +70,59 @@ def open_source(config: DataConfig, split: str) -> Source:
 
 
 class TfdsSource:
-  """A split of a TFDS data set (or a slice, such as "train[:90%]") kept as ArrayRecord; images stay encoded."""
+  """A split of a TFDS data set (or "train[:90%]", "train+validation") kept as ArrayRecord; images stay encoded."""
 
-  def __init__(self, builder, split: str):
+  def __init__(self, builder, split: str, label: str):
     import tensorflow_datasets as tfds
 
     features, splits = builder.info.features, builder.info.splits
     self._name = f"{builder.name}/{split}"
-    if split.partition("[")[0] not in splits:
+    if not {part.partition("[")[0].strip() for part in split.split("+")} <= splits.keys():
       raise InputError(
         f"{builder.name} has no split {split!r}; set the split in config.data to one of {', '.join(splits)}"
       )
     if "image" not in features:
       raise InputError(f"{builder.name} has no feature 'image', only {', '.join(features)}; choose an image data set")
-    self._has_label = "label" in features
-    self.num_classes = features["label"].num_classes if self._has_label else None
+    self._label = label if label in features else None
+    self.num_classes, self.label_shape = _classes(features[label], label) if label in features else (None, ())
+    images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
     try:
-      self._records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+      # Some have masks beside the image: nothing is decoded that nobody looks at.
+      self._records = builder.as_data_source(split, decoders=dict.fromkeys(images, tfds.decode.SkipDecoding()))
     except NotImplementedError as error:
       raise InputError(_not_array_record(builder.name)) from error
+    except ValueError as error:
+      raise InputError(f"{builder.name} has no split {split!r}: {str(error).partition(chr(10))[0]}") from error
 
   def __len__(self) -> int:
     return len(self._records)
 
   def __getitem__(self, index: int) -> Example:
     record = self._records[index]
-    return Example(record["image"], int(record["label"]) if self._has_label else NO_LABEL)
+    if self._label is None:
+      return Example(record["image"], NO_LABEL)
+    label = record[self._label]
+    return Example(record["image"], _pad(label, self.name(index)) if self.label_shape else int(label))
 
   def name(self, index: int) -> str:
     return f"{self._name}[{index}]"
+
+
+def _classes(feature, name: str) -> tuple[int, tuple[int, ...]]:
+  """How many classes a TFDS feature tells apart, and the shape of a label."""
+  import tensorflow_datasets as tfds
+
+  has_several = isinstance(feature, tfds.features.Sequence)
+  label = feature.feature if has_several else feature
+  if not isinstance(label, tfds.features.ClassLabel):
+    raise InputError(f"config.data.label={name!r} is no class but {type(label).__name__}; name the feature that is")
+  return label.num_classes, (MAX_LABELS,) if has_several else ()
+
+
+def _pad(labels: Sequence[int], name: str) -> np.ndarray:
+  if len(labels) > MAX_LABELS:
+    raise InputError(f"{name} is of {len(labels)} classes, and no more than {MAX_LABELS} are read; leave it out")
+  return np.append(labels, np.full(MAX_LABELS - len(labels), NO_LABEL)).astype(np.int32)
 
 
 def _tfds_builder(name: str, data_dir: str):
@@ -127,6 +156,8 @@ def _digits_builder(data_dir: str):
 
 class FolderSource:
   """Image files, in the order given."""
+
+  label_shape = ()
 
   def __init__(self, paths: list[str], labels: np.ndarray, class_names: list[str] | None):
     self._paths, self._labels = paths, labels
@@ -225,6 +256,7 @@ class SyntheticSource:
   """Gratings whose direction and colour tell the class, as JPEG; the same at every call, without files."""
 
   num_classes = 8
+  label_shape = ()
   _SIZES = {"train": 512, "eval": 128}
   _HEIGHT, _WIDTH = 72, 96  # not square: a swapped axis shows
 

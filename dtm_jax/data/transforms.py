@@ -8,6 +8,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance
 
+from dtm_jax.config import DataConfig
+
 try:
   import cykooz_resizer
 except ImportError:  # no wheel for this machine: Pillow has the same filter, several times slower
@@ -17,7 +19,6 @@ RESAMPLER = "Pillow" if cykooz_resizer is None else "cykooz_resizer"
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 _CROP_TRIES = 10  # torchvision's
-_EVAL_RESIZE = 256 / 224  # shorter side after resizing over the size of the centre crop
 _DCT_SCALES = (1, 2, 4, 8)
 _REDUCING_GAP = 2.0  # box-average to this many times the output before the bicubic filter
 _DECODE_ERRORS = (  # what Pillow raises on damaged files, by format and kind of damage
@@ -91,12 +92,13 @@ def train_image(
   return np.asarray(crop if distort is None else distort(crop))
 
 
-def eval_image(data: bytes, *, size: int) -> np.ndarray:
-  """Shorter side resized to 256/224 of `size`, then the central `size` x `size`, in one resampling.
+def eval_image(data: bytes, *, size: int, crop: float = DataConfig.eval_crop) -> np.ndarray:
+  """The centre of an image, as if its shorter side were resized to `size / crop`, in one resampling.
 
   Args:
     data: an encoded image.
     size: side of the result in pixels.
+    crop: side of the square that is taken over the image's shorter side.
 
   Returns:
     uint8 [size, size, 3], RGB.
@@ -106,7 +108,7 @@ def eval_image(data: bytes, *, size: int) -> np.ndarray:
   """
   try:
     image = Image.open(io.BytesIO(data))
-    image, box = _decode(image, center_crop_box(image.size), size)
+    image, box = _decode(image, center_crop_box(image.size, crop), size)
     return np.asarray(_resize(image, box, size))
   except _DECODE_ERRORS as error:
     raise UnreadableImageError(str(error)) from error
@@ -142,10 +144,10 @@ def random_crop_box(
   return left, top, left + crop_width, top + crop_height
 
 
-def center_crop_box(image_size: tuple[int, int]) -> Box:
-  """The square that is left of (width, height) after resizing to 256/224 and cropping the centre."""
+def center_crop_box(image_size: tuple[int, int], crop: float) -> Box:
+  """The central square of (width, height) whose side is `crop` of the shorter one."""
   width, height = image_size
-  side = min(width, height) / _EVAL_RESIZE
+  side = min(width, height) * crop
   left, top = (width - side) / 2, (height - side) / 2
   return left, top, left + side, top + side
 
