@@ -33,7 +33,7 @@ def make_config(**changes) -> config_lib.Config:
   config.data.update(image_size=32, color_jitter=0.0, num_masked=0)
   config.optim.layer_decay = 0.5
   config.run.seed = 3
-  config.finetune.erase_prob = 0.5
+  config.finetune.update(erase_prob=0.5, cutmix=0.3)
   config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
   return config_lib.resolve(config)
 
@@ -51,11 +51,10 @@ def first_params():
   return params
 
 
-def build(config: config_lib.Config):
+def build(config: config_lib.Config, prepare):
   """The first state and the step."""
   model = Classifier(**SIZES, drop_path=config.model.drop_path)
   optimizer = create_optimizer(config.optim, schedule := lambda step: 1e-3)
-  prepare = functools.partial(augment, config, NUM_CLASSES)
   return create_train_state(first_params(), optimizer), make_train_step(config, model, optimizer, schedule, prepare)
 
 
@@ -73,7 +72,8 @@ def call(compiled, *arguments):
 
 def run_steps(config: config_lib.Config, num_devices: int = 1):
   """State and losses after two steps on one batch."""
-  (state, step), batch, losses = build(config), make_batch(config), []
+  state, step = build(config, functools.partial(augment, config, NUM_CLASSES))
+  batch, losses = make_batch(config), []
   compiled = compile_on(num_devices, step, state, batch)
   for _ in range(2):
     state, metrics = call(compiled, state, batch)
@@ -86,19 +86,24 @@ def test_micro_batches_on_eight_devices_equal_the_big_batch_on_one():
   changes = {"data__batch_size": 16, "model__drop_path": 0.5, "optim__ema_decay": 0.9}
   whole, losses = run_steps(make_config(**changes))
   split, split_losses = run_steps(make_config(**changes, optim__accumulate_steps=2), num_devices=8)
-  assert split_losses == pytest.approx(losses, rel=7e-7)  # measured 7.4e-8
-  chex.assert_trees_all_close(split.params, whole.params, rtol=0, atol=9e-7)  # measured 3e-8 to 9e-8
+  assert split_losses == pytest.approx(losses, rel=1.5e-6)  # measured 1.5e-7, the most of 12 draws
+  # Adam's first steps divide by the gradient's size, which makes much of the rounding where it is close to 0.
+  chex.assert_trees_all_close(split.params, whole.params, rtol=0, atol=4e-5)  # 4.3e-6
   averages = [averaged_params(state.opt_state) for state in (split, whole)]
-  chex.assert_trees_all_close(*averages, rtol=0, atol=9e-7)  # measured 3e-8 to 9e-8
+  chex.assert_trees_all_close(*averages, rtol=0, atol=4e-5)  # 4.3e-6
 
 
-def test_stochastic_depth_draws_anew_each_step():
-  config = make_config(**OFF, model__drop_path=0.5)
-  (state, step), batch = build(config), make_batch(config)
-  step = jax.jit(step)
-  losses = [float(step(state.replace(step=jnp.int32(i)), batch)[1]["loss"]) for i in (0, 0, 7)]
-  assert losses[0] == losses[1]
-  assert losses[0] != pytest.approx(losses[2], rel=1e-4)
+def test_each_step_prepares_its_batch_and_draws_stochastic_depth_anew():
+  config = make_config(model__drop_path=0.5)
+  batch = {"image": np.float32(make_batch(config)["image"] / 255), "target": np.eye(8, NUM_CLASSES, dtype=np.float32)}
+  # The loss is in proportion to the step, but for the draws.
+  state, step = build(config, lambda step, batch: (batch["image"], step * batch["target"]))
+  jitted = jax.jit(step)
+  losses = [float(jitted(state.replace(step=jnp.int32(i)), batch)[1]["loss"]) for i in (0, 1, 1, 7)]
+  assert losses[0] == 0
+  assert losses[1] == losses[2] > 0
+  assert losses[3] != pytest.approx(7 * losses[1], rel=1e-4)
+  assert losses[3] == pytest.approx(7 * losses[1], rel=0.5)
 
 
 # ------------------------------------------------------------ what a step makes of a batch
@@ -131,7 +136,7 @@ def test_a_step_erases_then_mixes_with_numbers_of_its_own():
   def expect(images, targets):
     keys = image_keys(stream_key(3, Stream.ERASE, step), len(images))
     erased, key = random_erase(keys, images, 0.5), stream_key(3, Stream.MIX, step)
-    return mix(key, erased, 0.9 * targets + 0.1 / NUM_CLASSES, mixup=0.8, cutmix=1.0, cutmix_prob=0.5)
+    return mix(key, erased, 0.9 * targets + 0.1 / NUM_CLASSES, mixup=0.8, cutmix=0.3, cutmix_prob=0.5)
 
   expected, actual = jax.device_get(expect(*prepared(make_config(**OFF), 0))), prepared(config, step)
   chex.assert_trees_all_close(actual, expected, rtol=0, atol=4e-6)  # measured 4.8e-7
