@@ -16,6 +16,8 @@ _HOME_OF = {
   "dtm_loss": "dtm_jax.losses",
   "load_torch": "dtm_jax.convert",
   "save_torch": "dtm_jax.convert",
+  "load": "dtm_jax.inference",
+  "load_exported": "dtm_jax.inference",
 }
 
 __all__ = list(_HOME_OF)

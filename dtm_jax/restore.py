@@ -62,6 +62,14 @@ class Checkpoint:
   def sha256(self) -> str:
     return params_sha256(self.params)
 
+  @property
+  def image_size(self) -> int:
+    """Pixels of the square images that it is for. Raises InputError where they are not square."""
+    down, across = self.model.grid
+    if down != across:
+      raise InputError(f"{self.path} is for {down} x {across} patches; only models for square images can be used")
+    return down * self.model.patch_size
+
 
 def open_checkpoint(path: str | pathlib.Path, *, dtype: str = "float32", **fields) -> Checkpoint:
   """Reads the newest checkpoint of a work folder, or weights.

@@ -28,8 +28,8 @@ RANKS = {
   "restore": 10,
   "experiment": 11,
   **dict.fromkeys(("command_line", "console"), 11),
-  **dict.fromkeys(("pretraining", "finetuning", "evaluation"), 12),
-  "numerics": 13,
+  **dict.fromkeys(("pretraining", "finetuning", "evaluation", "inference"), 12),
+  **dict.fromkeys(("numerics", "export"), 13),
   "main": 14,
   "__main__": 15,
 }

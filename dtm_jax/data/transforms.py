@@ -92,11 +92,11 @@ def train_image(
   return np.asarray(crop if distort is None else distort(crop))
 
 
-def eval_image(data: bytes, *, size: int, crop: float = DataConfig.eval_crop) -> np.ndarray:
+def eval_image(data: bytes | Image.Image, *, size: int, crop: float = DataConfig.eval_crop) -> np.ndarray:
   """The centre of an image, as if its shorter side were resized to `size / crop`, in one resampling.
 
   Args:
-    data: an encoded image.
+    data: an encoded image, or Pillow's as it is: a large JPEG that Pillow has opened differs a little from its bytes.
     size: side of the result in pixels.
     crop: side of the square that is taken over the image's shorter side.
 
@@ -107,7 +107,8 @@ def eval_image(data: bytes, *, size: int, crop: float = DataConfig.eval_crop) ->
     UnreadableImageError: see there.
   """
   try:
-    image = Image.open(io.BytesIO(data))
+    # A copy, because decoding at a smaller scale would change the caller's image.
+    image = data.copy() if isinstance(data, Image.Image) else Image.open(io.BytesIO(data))
     image, box = _decode(image, center_crop_box(image.size, crop), size)
     return np.asarray(_resize(image, box, size))
   except _DECODE_ERRORS as error:

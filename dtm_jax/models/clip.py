@@ -134,7 +134,12 @@ class ClipVision(nn.Module):
 
   def pooled(self, images: jax.Array) -> jax.Array:
     """float32 [B, height, width, 3] -> float32 [B, K]: CLIP's image embedding alone."""
-    return self(images)[1]
+    return self.pooled_and_tokens(images)[0]
+
+  def pooled_and_tokens(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`pooled`, and the projected patch tokens float32 [B, N, K] of the same images."""
+    tokens, pooled = self(images)
+    return pooled, tokens
 
   def _embed(self, images: jax.Array) -> jax.Array:
     """Class token, then patches, with their positions: float32 [B, 1 + N, D]."""
@@ -144,5 +149,5 @@ class ClipVision(nn.Module):
     positions = self.param("pos_embed", init, (1 + math.prod(self.grid), self.width))
     grid = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
     tokens = patches + resize_positions(positions[1:], self.grid, grid)
-    first = jnp.broadcast_to(class_embedding + positions[0], (len(images), 1, self.width))
+    first = jnp.broadcast_to(class_embedding + positions[0], (images.shape[0], 1, self.width))
     return jnp.concatenate([first, tokens], axis=1)

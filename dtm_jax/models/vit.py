@@ -212,7 +212,12 @@ class ViT(Backbone, kw_only=True):
 
   def pooled(self, images: jax.Array) -> jax.Array:
     """float32 [B, H, W, 3] -> float32 [B, D]: the mean of `patch_tokens`."""
-    return self.patch_tokens(images).mean(axis=1)
+    return self.pooled_and_tokens(images)[0]
+
+  def pooled_and_tokens(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`pooled` and `patch_tokens` of the same images, in one pass."""
+    tokens = self.patch_tokens(images)
+    return tokens.mean(axis=1), tokens
 
   def _encode(self, images, mask, image_keys):
     return self.norm(self._blocks(self._embed(images, mask, self.mask_token), image_keys, self.rel_pos_bias))
@@ -249,11 +254,16 @@ class Classifier(Backbone, kw_only=True):
 
   def patch_tokens(self, images: jax.Array) -> jax.Array:
     """float32 [B, H, W, 3] -> float32 [B, N, D]: patch tokens, through the norm of their mean."""
-    return self.fc_norm(self.features(images)[:, 1:]).astype(jnp.float32)
+    return self.pooled_and_tokens(images)[1]
 
   def pooled(self, images: jax.Array) -> jax.Array:
     """float32 [B, H, W, 3] -> [B, D]: what the head is given."""
-    return self._pool(self.features(images))
+    return self.pooled_and_tokens(images)[0]
+
+  def pooled_and_tokens(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`pooled` and `patch_tokens` of the same images, in one pass."""
+    tokens = self.features(images)
+    return self._pool(tokens), self.fc_norm(tokens[:, 1:]).astype(jnp.float32)
 
   def _pool(self, tokens):
     return self.fc_norm(tokens[:, 1:].mean(axis=1))
