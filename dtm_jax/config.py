@@ -12,6 +12,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Collection
 from typing import Any
 
 from ml_collections import config_dict
@@ -623,6 +624,18 @@ def _flatten(sections: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]
   return items
 
 
+def split_form(form: str, names: Collection[str]) -> tuple[str, str]:
+  """Of a config file for several data sets: "cub200,smoke" is its set "cub200" in the form "smoke".
+
+  Raises:
+    InputError: none of the names is given.
+  """
+  name, _, rest = form.partition(",")
+  known = ", ".join(names)
+  _require(name in names, f"form {name!r} of the config is no data set; give --config=FILE:NAME, with one of {known}")
+  return name, rest
+
+
 def with_form(config: config_dict.ConfigDict, form: str) -> config_dict.ConfigDict:
   """What a config file returns for `--config=FILE:form`: the run itself, or its miniature for "smoke".
 
@@ -649,6 +662,7 @@ def _smoke(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   config.teacher.kind = "hog"
   config.teacher.weights = ""
   config.morphing.budget = None
+  config.eval.sets = ()
   config.eval.batch_size = 32
   config.eval.max_train_images = 64
   config.eval.max_test_images = 32

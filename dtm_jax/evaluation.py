@@ -1,11 +1,11 @@
-"""Task "evaluate": the frozen features of a checkpoint, and what they are worth."""
+"""Task "evaluate": what the frozen features of a checkpoint are worth, or the classes that a classifier tells."""
 
 import contextlib
 import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,13 +16,14 @@ from jax.sharding import Mesh
 from dtm_jax import metrics, sharding
 from dtm_jax import workdir as workdirs
 from dtm_jax.config import OF_CHECKPOINT, Config, to_json
-from dtm_jax.data.sources import Source, open_source
+from dtm_jax.data.sources import NO_LABEL, Source, open_source
 from dtm_jax.data.transforms import RESAMPLER
 from dtm_jax.errors import InputError, StoppedError
 from dtm_jax.evaluate import linear_probe
+from dtm_jax.evaluate.accuracy import accuracies, has_label, mean_corruption_error, read_labels
 from dtm_jax.evaluate.features import FeatureExtractor, Features, check_labels
 from dtm_jax.evaluate.knn import knn_accuracy
-from dtm_jax.evaluate.steps import make_feature_fn
+from dtm_jax.evaluate.steps import make_feature_fn, make_top_classes_fn
 from dtm_jax.files import replacing
 from dtm_jax.restore import Checkpoint, open_checkpoint
 from dtm_jax.workdir import CONFIG_FILE, RUN_AGAIN, SUMMARY_FILE, write_json
@@ -35,8 +36,8 @@ class Parts:
   config: Config
   mesh: Mesh
   checkpoint: Checkpoint
-  train_source: Source
-  test_source: Source
+  train_source: Source | None  # of features; to classify takes none
+  test_sources: Mapping[str, Source]  # by name; of features one
   num_classes: int | None
 
 
@@ -52,14 +53,33 @@ def build(config: Config) -> Parts:
   sharding.check_batch_size(config.eval.batch_size, mesh, "config.eval.batch_size")
   checkpoint = read_checkpoint(config)
   config = with_data_of(checkpoint, config)
-  train_source, test_source = (open_source(config.data, split) for split in ("train", "eval"))
-  num_classes = train_source.num_classes
-  if num_classes is None and config.eval.needs_labels:
+  train_source = open_source(config.data, "train") if config.eval.needs_features else None
+  names = config.eval.sets or (config.data.name,)
+  test_sources = {name: open_source(dataclasses.replace(config.data, name=name), "eval") for name in names}
+  num_classes = test_sources[names[0]].num_classes
+  if num_classes is None and (config.eval.needs_labels or config.eval.classify):
     raise InputError(
       "the images have no classes; choose others, or only save features: config.eval.knn=False, linear=False,"
       " fewshot=() and save_features=True"
     )
-  return Parts(config, mesh, checkpoint, train_source, test_source, num_classes)
+  if config.eval.classify:
+    _check_classifier(checkpoint, test_sources)
+  return Parts(config, mesh, checkpoint, train_source, test_sources, num_classes)
+
+
+def _check_classifier(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> None:
+  if checkpoint.kind != "classifier":
+    raise InputError(
+      f"{checkpoint.path} is no classifier but a {checkpoint.kind}; fine-tune it first, or evaluate its features:"
+      " config.eval.classify=False"
+    )
+  known = checkpoint.model.num_classes
+  for name, source in sources.items():
+    if source.num_classes != known:
+      raise InputError(
+        f"{checkpoint.path} tells {known} classes, and the images of {name} are of {source.num_classes}; name images of"
+        " its classes (config.data), or fine-tune it on these"
+      )
 
 
 def read_checkpoint(config: Config) -> Checkpoint:
@@ -149,8 +169,8 @@ def _new_record(parts: Parts, command: str) -> dict[str, Any]:
     "kind": checkpoint.kind,
     "step": checkpoint.step,
     "params_sha256": checkpoint.sha256,
-    "train_images": len(parts.train_source),
-    "test_images": len(parts.test_source),
+    "train_images": None if parts.train_source is None else len(parts.train_source),
+    "test_images": sum(map(len, parts.test_sources.values())),
     "resampler": RESAMPLER,
   }
 
@@ -163,35 +183,89 @@ def _evaluate(parts: Parts, workdir: pathlib.Path, stop_requested: Callable[[], 
     *(checkpoint.kind, checkpoint.path, config.data.source, config.data.image_size),
     *(jax.device_count(), jax.default_backend()),
   )
-  extract = FeatureExtractor(config, parts.mesh, make_feature_fn(config, checkpoint.model))
-  extract = functools.partial(extract, checkpoint.params, stop_requested=stop_requested)
-  train = extract(parts.train_source, config.eval.max_train_images, title="training images")
-  test = extract(parts.test_source, config.eval.max_test_images, title="test images")
-  if config.eval.save_features:
-    save_features(workdir / "features_train.npz", train)
-    save_features(workdir / "features_test.npz", test)
   summary = {
     "kind": checkpoint.kind,
     "step": checkpoint.step,
     "params_sha256": checkpoint.sha256,
-    "train_images": len(train.labels),
-    "test_images": len(test.labels),
     "num_classes": parts.num_classes,
-    "width": train.features.shape[1],
   }
   with contextlib.closing(metrics.MetricWriter(workdir)) as writer:
-    for result in _results(config, train, test, parts.num_classes, parts.mesh):
-      values = {name: value for name, value in result.items() if isinstance(value, float)}
-      writer.write(checkpoint.step, values)
-      logging.info(", ".join(f"{name} {100 * value:.1f} %" for name, value in values.items()))
+    for result in _results(parts, workdir, stop_requested):
       summary |= result
-      if stop_requested():
-        raise StoppedError
+      values = {name: value for name, value in result.items() if isinstance(value, float)}
+      if values:
+        writer.write(checkpoint.step, values)
+        logging.info(", ".join(f"{name} {100 * value:.1f} %" for name, value in values.items()))
+        if stop_requested():
+          raise StoppedError
   return summary
 
 
-def _results(config: Config, train: Features, test: Features, num_classes: int, mesh: Mesh) -> Iterator[dict[str, Any]]:
-  """Entries of the summary, for each of the asked."""
+def _results(parts: Parts, workdir: pathlib.Path, stop_requested: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+  """Entries of the summary, as they come."""
+  if parts.config.eval.needs_features:
+    train, test = _extract(parts, workdir, stop_requested)
+    yield {"train_images": len(train.labels), "test_images": len(test.labels), "width": train.features.shape[1]}
+    yield from _results_of_features(parts.config, train, test, parts.num_classes, parts.mesh)
+  if parts.config.eval.classify:
+    yield from _results_of_classes(parts, stop_requested)
+
+
+def _extract(parts: Parts, workdir: pathlib.Path, stop_requested: Callable[[], bool]) -> tuple[Features, Features]:
+  """Features of the training and of the test images, saved where that is asked."""
+  config, (test_source,) = parts.config, parts.test_sources.values()
+  extract = FeatureExtractor(config, parts.mesh, make_feature_fn(config, parts.checkpoint.model))
+  extract = functools.partial(extract, parts.checkpoint.params, stop_requested=stop_requested)
+  train = extract(parts.train_source, config.eval.max_train_images, title="training images")
+  test = extract(test_source, config.eval.max_test_images, title="test images")
+  if config.eval.save_features:
+    save_features(workdir / "features_train.npz", train)
+    save_features(workdir / "features_test.npz", test)
+  return train, test
+
+
+def _results_of_classes(parts: Parts, stop_requested: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+  """Accuracy of each of several sets as `NAME/top1` and `NAME/top5`; then the means, and the number of images."""
+  config, params = parts.config, parts.checkpoint.params
+  top_classes = make_top_classes_fn(config, parts.checkpoint.model)
+  # The classes are an argument: one program serves all sets.
+  classify = FeatureExtractor(config, parts.mesh, lambda given, images: top_classes(given[0], images, given[1]))
+  found, num_images = {}, 0
+  for name, source in parts.test_sources.items():
+    classes = _candidates(name, source, config.eval.only_own_classes)
+    top, labels = classify((params, classes), source, config.eval.max_test_images, stop_requested, name)
+    _check_classes(name, labels, source.num_classes)
+    found[name] = accuracies(top, labels)
+    num_images += int(has_label(labels.reshape(len(labels), -1)).sum())
+    if config.eval.sets:
+      yield {f"{name}/{score}": value for score, value in found[name].items()}
+  means = {score: float(np.mean([values[score] for values in found.values()])) for score in found[name]}
+  errors = mean_corruption_error({name: values["top1"] for name, values in found.items()})
+  yield {**means, **errors, "test_images": num_images}
+
+
+def _candidates(name: str, source: Source, only_own: bool) -> np.ndarray:
+  """Among which classes a set's images are told apart, bool [num_classes]."""
+  classes = np.full(source.num_classes, not only_own)
+  if only_own:
+    labels = read_labels(source)
+    _check_classes(name, labels, source.num_classes)
+    classes[labels] = True
+  return classes
+
+
+def _check_classes(name: str, labels: np.ndarray, num_classes: int) -> None:
+  """Of images with several classes, NO_LABEL only fills up. Raises InputError where a label is none of the classes."""
+  given = labels if labels.ndim == 1 else labels[labels != NO_LABEL]
+  if not len(given):
+    raise InputError(f"no image of {name} has a class; name others (config.data)")
+  check_labels(name, given, num_classes)
+
+
+def _results_of_features(
+  config: Config, train: Features, test: Features, num_classes: int, mesh: Mesh
+) -> Iterator[dict[str, Any]]:
+  """What the features are worth, for each of the asked."""
   settings = config.eval
   if settings.needs_labels:
     check_labels("training", train.labels, num_classes)
@@ -253,7 +327,8 @@ def save_features(path: pathlib.Path, features: Features) -> None:
 
 
 def _log_summary(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
-  told = {name: f"{100 * value:.1f} %" for name, value in summary.items() if name.endswith("_top1")}
-  told |= {name: summary[name] for name in ("train_images", "test_images", "num_classes", "seconds")}
+  scores = {name for name, value in summary.items() if isinstance(value, float) and "/" not in name} - {"seconds"}
+  told = {name: f"{100 * value:.1f} %" for name, value in summary.items() if name in scores}
+  told |= {name: summary[name] for name in ("train_images", "test_images", "num_classes", "seconds") if name in summary}
   logging.info("done: %s", ", ".join(f"{name} {value}" for name, value in told.items()))
   logging.info("see %s", workdir / SUMMARY_FILE)

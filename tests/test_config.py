@@ -11,16 +11,26 @@ ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 
+def namespace(path: pathlib.Path) -> dict:
+  """What a config file defines."""
+  defined: dict = {}
+  exec(compile(path.read_text(), path, "exec"), defined)  # noqa: S102
+  return defined
+
+
 def load(path: pathlib.Path, form: str = ""):
-  namespace: dict = {}
-  exec(compile(path.read_text(), path, "exec"), namespace)  # noqa: S102
-  return namespace["get_config"](form)
+  return namespace(path)["get_config"](form)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configs_resolve_and_have_a_smoke_form(path):
-  config_lib.resolve(load(path))
-  smoke = config_lib.resolve(load(path, "smoke"))
+def sets(path: pathlib.Path) -> list[str]:
+  """The data sets that a form may name, [""] where there is no choice."""
+  return list(namespace(path).get("SETS", [""]))
+
+
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path in CONFIGS for name in sets(path)])
+def test_shipped_configs_resolve_and_have_a_smoke_form(path, name):
+  config_lib.resolve(load(path, name))
+  smoke = config_lib.resolve(load(path, f"{name},smoke" if name else "smoke"))
   assert smoke.run.steps == 2 and smoke.data.source == "synthetic" and smoke.model.variant == "tiny"
 
 

@@ -131,7 +131,7 @@ def fails(capsys, command: list[str]) -> str:
   ("settings", "message"),
   [
     ({"eval__checkpoint": ""}, "give config.eval.checkpoint: the work folder of a run, or a weights file"),
-    ({"eval__checkpoint": "/no/such"}, "config.eval.checkpoint='/no/such' does not exist"),
+    ({"eval__checkpoint": "/no/such"}, "/no/such does not exist; name the work folder of a run, or a weights file"),
     ({"eval__checkpoint": str(GOLDEN / "student_tiny.pth")}, "name some: config.data.source="),
     ({"eval__checkpoint": str(GOLDEN)}, "golden"),
     ({"eval__linear_solver": "adam"}, "config.eval.linear_solver='adam' is not one of lbfgs, sgd, lars"),
@@ -187,7 +187,7 @@ def test_what_is_set_goes_before_the_run():
     data=DataConfig(source="folder", path="a", mean=(0.1, 0.2, 0.3), num_workers=0, image_size=32, num_masked=2)
   )
   student = ViT(width=8, depth=1, heads=1, layer_scale=0, patch_size=16, grid=(2, 2), out_dim=4)
-  checkpoint = evaluation.Checkpoint(pathlib.Path("run"), "student", 3, student, {}, trained)
+  checkpoint = evaluation.Checkpoint(pathlib.Path("run"), "student", 3, student, {}, None, trained)
 
   def data_of(**given) -> DataConfig:
     return evaluation.with_data_of(checkpoint, config_lib.Config(task="evaluate", data=DataConfig(**given))).data

@@ -30,7 +30,7 @@ from dtm_jax.errors import InputError
 
 _REPLACEMENTS = 20  # tries for a readable image before giving up
 _READ_THREADS = 2  # of this process, where there are no workers; more only wait for the interpreter lock
-_UNREADABLE = (transforms.UnreadableImageError, OSError)
+UNREADABLE = (transforms.UnreadableImageError, OSError)
 
 
 class Batch(TypedDict):
@@ -178,13 +178,13 @@ class _TrainRow:
     """Image, label, index in the source, and -1 or the index that could not be read."""
     try:
       return *self._augmented(position, index), index, -1
-    except _UNREADABLE:
+    except UNREADABLE:
       bad = index
     rng = _row_rng(self._config, Stream.ORDER, position)
     for replacement in rng.integers(len(self._source), size=_REPLACEMENTS).tolist():
       try:
         return *self._augmented(position, replacement), replacement, bad
-      except _UNREADABLE:
+      except UNREADABLE:
         continue
     raise InputError(
       f"{self._source.name(bad)} and {_REPLACEMENTS} random other images are unreadable; check config.data"
@@ -224,7 +224,7 @@ class _EvalRow:
     image, valid = np.zeros((self._size, self._size, 3), np.uint8), False
     label = np.full(self._source.label_shape, NO_LABEL, np.int32)
     if index >= 0:
-      with contextlib.suppress(*_UNREADABLE):
+      with contextlib.suppress(*UNREADABLE):
         example = self._source[index]
         image, valid = transforms.eval_image(example.image, size=self._size, crop=self._crop), True
         label[...] = example.label

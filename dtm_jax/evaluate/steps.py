@@ -31,10 +31,15 @@ def make_feature_fn(config: Config, model: ViT | Classifier | ClipVision) -> Cal
 
 
 def make_top_classes_fn(config: Config, model: Classifier) -> Callable[[Any, jax.Array], jax.Array]:
-  """`(params, images uint8 [B, S, S, 3]) -> int32 [B, k]`: the k = 5 likeliest classes, or all of fewer, best first."""
+  """`(params, images uint8 [B, S, S, 3]) -> int32 [B, k]`: the k = 5 likeliest classes, or all of fewer, best first.
 
-  def top_classes(params, images):
+  A third argument, bool [num_classes], says which classes are likely at all.
+  """
+
+  def top_classes(params, images, classes=None):
     logits = model.apply({"params": params}, normalize(images, config.data.mean, config.data.std))
+    if classes is not None:
+      logits = jnp.where(classes, logits, -jnp.inf)
     return jax.lax.top_k(logits, min(TOP, model.num_classes))[1]
 
   return top_classes
