@@ -15,7 +15,7 @@ from PIL import Image
 from dtm_jax import command_line
 from dtm_jax.numerics import compare, compare_report, depth_figure, partings, report, torch_models
 from dtm_jax.numerics.__main__ import main
-from dtm_jax.numerics.case import open_case, torch_student
+from dtm_jax.numerics.case import open_case, torch_model
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -64,7 +64,7 @@ def test_float32_agrees_at_every_stage(live):
   assert [*depth_figure.activations(comparison["tensors"], "student")] == STAGES
   assert [*depth_figure.activations(comparison["tensors"], "teacher")] == STAGES
   assert [*depth_figure.gradients(comparison["tensors"])] == STAGES
-  named = {name for name, _ in torch_student(case).named_parameters()}
+  named = {name for name, _ in torch_model(case).named_parameters()}
   for prefix in ("gradient/", "updated/"):
     assert {name.removeprefix(prefix) for name in rows if name.startswith(prefix)} == named
   worst = {prefix: max(r["relative"] for n, r in rows.items() if n.startswith(prefix)) for prefix in "stgu"}

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from dtm_jax.convert import load_torch
+from dtm_jax.models.variants import VARIANTS
 from dtm_jax.numerics import torch_models, torch_reference
 from dtm_jax.numerics.__main__ import main
 from dtm_jax.numerics.case import part_ties
@@ -74,6 +76,41 @@ def test_a_recorded_config_is_repeated(capsys, tmp_path):
   assert out.read_bytes() == before
 
 
+def test_a_recorded_fine_tuning_is_repeated(capsys, tmp_path):
+  size = VARIANTS["tiny"]
+  torch.manual_seed(1)
+  student = torch_models.Student(size, grid=(4, 4), patch_size=4, out_dim=27)
+  torch.save({"model": student.state_dict()}, tmp_path / "student.pth")
+  settings = {
+    "finetune.init": tmp_path / "student.pth",
+    "finetune.mixup": 0.8,
+    "finetune.cutmix": 1.0,
+    "finetune.erase_prob": 0.5,
+    "model.drop_path": 0.5,
+    "run.seed": 3,
+    "optim.accumulate_steps": 2,
+    "optim.base_lr": 0.005,
+    "optim.clip_norm": 1.0,
+    "optim.warmup_epochs": 0.0,
+  }
+  words = [f"--config.{name}={value}" for name, value in settings.items()]
+  config = f"--config={ROOT}/configs/finetune_quickstart.py:smoke"
+  assert main(["numerics", "record", config, f"--out={tmp_path}/t.npz", "--steps=3", *words]) == 0
+  trace, start = read_trace(tmp_path / "t.npz"), load_torch(tmp_path / "t.model.pth")[2]
+  np.testing.assert_allclose(trace["targets"].sum(axis=-1), 1, rtol=1e-6)
+  assert ((trace["targets"] > 0.2).sum(axis=-1) == 2).any()  # mixed
+  assert (trace["layer_decay"], trace["max_grad_norm"], trace.drop_path, trace["seed"]) == (0.65, 1, 0.5, 3)
+  assert trace["grad_norms"].max() > 1
+  np.testing.assert_array_equal(start["cls_token"], student.cls_token.detach())
+  assert np.abs(trace.final["cls_token"] - start["cls_token"]).max() > 1e-5
+  replay_words = re.search(r"replay it: python -m dtm_jax.numerics (.*)", capsys.readouterr().out)[1]
+  assert f"--model {tmp_path}/t.model.pth" in replay_words
+  # Measured 3.4e-7, 5.5e-7, 5.2e-6: Adam divides small gradients by themselves.
+  measured_times_ten = ["--loss_rtol=3.4e-6", "--grad_norm_rtol=5.5e-6", "--param_atol=2e-5"]
+  code = main(["numerics", *shlex.split(replay_words), *measured_times_ten])
+  assert code == 0, capsys.readouterr().out
+
+
 def test_the_pasted_recorder_makes_a_trace_that_is_repeated(tmp_path):
   pasted = {}
   exec(code_after("recorder"), pasted)  # noqa: S102
@@ -107,6 +144,21 @@ def test_the_pasted_recorder_needs_numpy_and_torch_alone():
   code = code_after("recorder")
   assert re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE) == ["numpy", "torch"]
   assert len(code.splitlines()) < 35
+
+
+def test_weights_of_a_fine_tuning_are_its_configs(capsys, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  config = f"--config={ROOT}/configs/finetune_quickstart.py:smoke"
+  assert main(["numerics", "record", config, "--out=t.npz", f"--student={GOLDEN}/student_tiny.pth"]) == 2
+  assert "fine-tuning has no --student and no --teacher; set config.finetune.init" in capsys.readouterr().err
+  assert not [*tmp_path.iterdir()]
+
+
+def test_fine_tuning_is_not_compared(capsys, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  assert main(["numerics", "compare", f"--config={ROOT}/configs/finetune_quickstart.py:smoke"]) == 2
+  assert "for fine-tuning there are record and replay" in capsys.readouterr().err
+  assert not [*tmp_path.iterdir()]
 
 
 def test_noise_parts_what_ties_beyond_rounding():

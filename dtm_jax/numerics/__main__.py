@@ -76,20 +76,22 @@ def _record(options: argparse.Namespace, rest: list[str]) -> int:
   import jax
 
   from dtm_jax.numerics.case import open_case
-  from dtm_jax.numerics.record import describe, new_student_file, record
+  from dtm_jax.numerics.record import describe, new_weights_file, record
 
-  made = [options.out] if options.student else [options.out, new_student_file(options.out)]
+  made = [options.out] if options.student else [options.out, new_weights_file(options.out, settings.task)]
   _check_targets(*made, overwrite=options.overwrite)
   with jax.default_matmul_precision("float32"):
     case = open_case(settings, options.student, options.teacher, "float32")
-    student_file = record(case, options.steps, options.out, options.student)
-  print(describe(case, options.steps, options.out, student_file))
+    weights_file = record(case, options.steps, options.out, options.student)
+  print(describe(case, options.steps, options.out, weights_file))
   return 0
 
 
 def _compare(options: argparse.Namespace, rest: list[str]) -> int:
   require_torch()
   settings = command_line.parse_config(rest)
+  if settings.task == "finetune":
+    raise InputError("compare takes the config of a pre-training run; for fine-tuning there are record and replay")
   _check_targets(*(options.out / name for name in ("compare.json", "compare.png")), overwrite=True)
   import jax
 
@@ -168,7 +170,9 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
 
 
 def _add_weights(command: argparse.ArgumentParser) -> None:
-  command.add_argument("--student", **_FILE, help="weights to begin with; new ones from the config's seed if not given")
+  command.add_argument(
+    "--student", **_FILE, help="weights that pre-training begins with; new ones from the config's seed if not given"
+  )
   command.add_argument("--teacher", **_FILE, help="weights of a CLIP teacher in place of the config's teacher")
 
 

@@ -18,15 +18,15 @@ from dtm_jax.models.clip import ClipVision
 from dtm_jax.models.vit import ViT
 from dtm_jax.numerics import partings, torch_reference
 from dtm_jax.numerics.case import (
-  Case,
   Inputs,
+  Pretraining,
   loss_settings,
   random_draws,
   teacher_images,
   to_device,
   to_nchw,
+  torch_model,
   torch_optimizer,
-  torch_student,
   torch_teacher,
 )
 from dtm_jax.numerics.replay import GivenTokens, parameters
@@ -76,7 +76,7 @@ def pairs(dtype: str) -> list[tuple[Setting, Setting]]:
   return settings
 
 
-def compare_all(case: Case, dtype: str) -> dict[str, dict[str, Any]]:
+def compare_all(case: Pretraining, dtype: str) -> dict[str, dict[str, Any]]:
   """Runs the first step of the config's data in each setting once, and compares the `pairs`.
 
   Returns:
@@ -96,7 +96,7 @@ def compare_all(case: Case, dtype: str) -> dict[str, dict[str, Any]]:
   }
 
 
-def run(case: Case, inputs: Inputs, setting: Setting) -> Outcome:
+def run(case: Pretraining, inputs: Inputs, setting: Setting) -> Outcome:
   """Runs one step at the run's peak learning rate."""
   return (run_torch if setting.framework == TORCH else run_xla)(case, inputs, setting)
 
@@ -104,7 +104,7 @@ def run(case: Case, inputs: Inputs, setting: Setting) -> Outcome:
 # ------------------------------------------------------------ XLA
 
 
-def run_xla(case: Case, inputs: Inputs, setting: Setting) -> Outcome:
+def run_xla(case: Pretraining, inputs: Inputs, setting: Setting) -> Outcome:
   """One step of `make_train_step`, and what goes on inside."""
   with jax.default_matmul_precision(setting.precision):
     compute, teacher_params = _xla_step(case, inputs)
@@ -114,10 +114,10 @@ def run_xla(case: Case, inputs: Inputs, setting: Setting) -> Outcome:
   return Outcome(tensors, targets, functools.partial(partings.group_in_xla, keys=inputs.split_keys))
 
 
-def _xla_step(case: Case, inputs: Inputs) -> tuple[Callable, Any]:
+def _xla_step(case: Pretraining, inputs: Inputs) -> tuple[Callable, Any]:
   # What is random in the augmentation has been done.
   config = dataclasses.replace(case.config, data=dataclasses.replace(case.config.data, color_jitter=0.0))
-  student, teacher, teacher_params = case.student, case.parts.teacher, case.parts.teacher_params
+  student, teacher, teacher_params = case.model, case.parts.teacher, case.parts.teacher_params
   if not case.teacher_is_live:
     teacher, teacher_params = GivenTokens(teacher.out_dim), case.teacher_fn(inputs.unit_images)
   schedule = lambda step: jnp.float32(config.peak_lr)  # noqa: E731
@@ -163,9 +163,9 @@ def _stages(prefix: str, stream: Sequence[jax.Array], tokens: jax.Array) -> dict
 # ------------------------------------------------------------ PyTorch
 
 
-def run_torch(case: Case, inputs: Inputs, setting: Setting) -> Outcome:
+def run_torch(case: Pretraining, inputs: Inputs, setting: Setting) -> Outcome:
   """One step of `torch_reference.train_step`, watched from outside."""
-  student, seen = torch_student(case), {}
+  student, seen = torch_model(case), {}
   keep = lambda name, tensor: seen.update({name: tensor.detach().float().cpu().numpy().copy()})  # noqa: E731
   _watch_tower("student", student, student.blocks, keep)
   for name, parameter in student.named_parameters():
@@ -200,7 +200,7 @@ def _watch_tower(prefix: str, tower: torch.nn.Module, blocks: torch.nn.ModuleLis
   tower.register_forward_hook(lambda module, args, output: keep(f"{prefix}/tokens", output))
 
 
-def _torch_targets(case: Case, inputs: Inputs, keep: Callable) -> Callable | torch.Tensor:
+def _torch_targets(case: Pretraining, inputs: Inputs, keep: Callable) -> Callable | torch.Tensor:
   if not case.teacher_is_live:
     return to_device(case.teacher_fn(inputs.unit_images))
   teacher, images = torch_teacher(case), teacher_images(case, inputs)
@@ -208,7 +208,7 @@ def _torch_targets(case: Case, inputs: Inputs, keep: Callable) -> Callable | tor
   return lambda _: teacher(images)  # which may be normalised in another way than the student's
 
 
-def _token_loss(case: Case, inputs: Inputs, online: np.ndarray, targets: np.ndarray) -> np.float32:
+def _token_loss(case: Pretraining, inputs: Inputs, online: np.ndarray, targets: np.ndarray) -> np.float32:
   morphing = case.config.morphing
   loss = torch_reference.dtm_loss(
     torch.from_numpy(online),
@@ -238,7 +238,7 @@ def _tf32(allowed: bool) -> Iterator[None]:
 # ------------------------------------------------------------ differences
 
 
-def compare(reference: Outcome, other: Outcome, case: Case, inputs: Inputs) -> dict[str, Any]:
+def compare(reference: Outcome, other: Outcome, case: Pretraining, inputs: Inputs) -> dict[str, Any]:
   """Differences by tensor, in the order of the step, and how the token groups agree."""
   tensors = [difference(name, value, other.tensors[name]) for name, value in reference.tensors.items()]
   protect_first = case.config.morphing.protect_first

@@ -9,7 +9,7 @@ import torch
 from dtm_jax.config import to_json
 from dtm_jax.errors import some_of
 from dtm_jax.numerics import depth_figure, report
-from dtm_jax.numerics.case import Case, torch_device
+from dtm_jax.numerics.case import Pretraining, torch_device
 from dtm_jax.numerics.compare import not_finite
 
 _LISTED_TENSORS = 5
@@ -24,7 +24,7 @@ _SECTIONS = {
 Comparisons = Mapping[str, Mapping[str, Any]]  # what `compare.compare` gives, by what was compared
 
 
-def write(folder: pathlib.Path, case: Case, comparisons: Comparisons, dtype: str) -> None:
+def write(folder: pathlib.Path, case: Pretraining, comparisons: Comparisons, dtype: str) -> None:
   """Prints the tables, and leaves `compare.json` and `compare.png` in the folder.
 
   Raises:
@@ -48,13 +48,13 @@ def _environment(dtype: str) -> dict[str, Any]:
   }
 
 
-def _header(case: Case, record: Mapping[str, Any]) -> list[str]:
+def _header(case: Pretraining, record: Mapping[str, Any]) -> list[str]:
   config, versions = case.config, record["versions"]
   teacher = "computed by both" if case.teacher_is_live else "computed by XLA for both"
   return [
     f"XLA (jax {versions['jax']}, {record['device']}) beside PyTorch {versions['torch']} ({record['torch_device']});"
     f" {record['dtype']}, float32 products in {record['matmul_precision']}",
-    f"student of width {case.student.width} with {case.student.depth} blocks, {config.data.batch_size} images of"
+    f"student of width {case.model.width} with {case.model.depth} blocks, {config.data.batch_size} images of"
     f" {config.data.source}, targets of {config.teacher.kind} {teacher}",
     *case.notes,
   ]

@@ -1,7 +1,6 @@
 """One step of fine-tuning: augment, classify, compare with soft labels, update."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import optax
@@ -48,7 +47,7 @@ def make_train_step(
   def train_step(state, batch):
     # Before the batch is split into micro-batches: an image's partner may be in another one.
     images, targets = prepare(state.step, batch)
-    rows = {"image": images, "target": targets} | _row_keys(config, state.step)
+    rows = {"image": images, "target": targets} | row_keys(config, state.step)
     value, grads = accumulate(
       lambda rows: jax.value_and_grad(loss)(state.params, rows), rows, config.optim.accumulate_steps
     )
@@ -87,7 +86,7 @@ def augment(config: Config, num_classes: int, step: jax.Array, batch: Rows) -> t
   )
 
 
-def _row_keys(config: Config, step: jax.Array) -> dict[str, Any]:
+def row_keys(config: Config, step: jax.typing.ArrayLike) -> Rows:
   """The keys [B] of stochastic depth, where there is any."""
   if not config.model.drop_path:
     return {}
