@@ -18,8 +18,9 @@ from dtm_jax import config as config_lib
 from dtm_jax import finetuning, pretraining
 from dtm_jax.augment import normalize
 from dtm_jax.convert import from_state_dict, load_torch, to_state_dict
-from dtm_jax.data.pipeline import train_batches
+from dtm_jax.data.pipeline import Batch, train_batches
 from dtm_jax.errors import InputError
+from dtm_jax.evaluate.features import check_labels
 from dtm_jax.models.clip import resize_positions
 from dtm_jax.models.variants import Variant
 from dtm_jax.models.vit import Classifier, ViT
@@ -88,7 +89,10 @@ class Case(abc.ABC):
     look = jax.jit(self._look)
     with contextlib.closing(train_batches(self.config, self.parts.train_source, start_step=0)) as batches:
       for step, batch in enumerate(batches):
-        yield jax.tree.map(_to_numpy, look(step, {name: batch[name] for name in self.parts.batch_fields}))
+        yield jax.tree.map(_to_numpy, look(step, self._rows(batch)))
+
+  def _rows(self, batch: Batch) -> dict[str, np.ndarray]:
+    return {name: batch[name] for name in self.parts.batch_fields}
 
   @abc.abstractmethod
   def _look(self, step: jax.Array, batch: Rows) -> Any:
@@ -145,6 +149,10 @@ class Finetuning(Case):
   """A case whose inputs are `FinetuneInputs`."""
 
   kind, model_kind = "finetune", "classifier"
+
+  def _rows(self, batch):
+    check_labels("training", batch["label"], self.model.num_classes)
+    return super()._rows(batch)
 
   def _look(self, step, batch):
     images, targets = finetune.augment(self.config, self.model.num_classes, step, batch)
