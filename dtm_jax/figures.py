@@ -144,7 +144,7 @@ def loss_figure(
   lr_panel.set(xlabel="step", ylabel="learning rate")
   lr_panel.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
   for panel in (loss_panel, lr_panel):
-    _plain(panel)
+    plain_axes(panel)
   save_figure(figure, path)
 
 
@@ -165,11 +165,12 @@ def accuracy_figure(path: str | os.PathLike, curves: Mapping[str, tuple[Sequence
     panel.plot(steps, percent, marker=".", label=f"{name}, {percent[-1]:.1f} % at the end")
   panel.set(xlabel="step", ylabel="accuracy, %")
   panel.legend(frameon=False, loc="lower right")
-  _plain(panel)
+  plain_axes(panel)
   save_figure(figure, path)
 
 
-def _plain(panel: Axes) -> None:
+def plain_axes(panel: Axes) -> None:
+  """Whole numbers below, a light grid, no frame."""
   panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
   panel.spines[["top", "right"]].set_visible(False)
   panel.grid(alpha=0.3)

@@ -46,7 +46,7 @@ def _run(settings: ConfigDict, workdir: pathlib.Path, command: str) -> int:
 
   tasks = {"pretrain": pretraining.run, "finetune": finetuning.run, "evaluate": evaluation.run}
 
-  with _noted_signals() as stop:
+  with noted_signals() as stop:
     try:
       # float32 means float32, on TPUs and GPUs too; products of bfloat16 are not concerned.
       with jax.default_matmul_precision("float32"):
@@ -58,7 +58,7 @@ def _run(settings: ConfigDict, workdir: pathlib.Path, command: str) -> int:
 
 
 @contextlib.contextmanager
-def _noted_signals() -> Iterator[threading.Event]:
+def noted_signals() -> Iterator[threading.Event]:
   """SIGTERM and SIGINT set the event instead of ending the process; a second Ctrl-C ends it."""
   stop = threading.Event()
 

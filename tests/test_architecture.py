@@ -29,7 +29,7 @@ RANKS = {
   "experiment": 11,
   **dict.fromkeys(("command_line", "console"), 11),
   **dict.fromkeys(("pretraining", "finetuning", "evaluation", "inference"), 12),
-  **dict.fromkeys(("numerics", "export"), 13),
+  **dict.fromkeys(("numerics", "export", "study"), 13),
   "main": 14,
   "__main__": 15,
 }

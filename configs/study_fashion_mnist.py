@@ -1,0 +1,197 @@
+"""Does DTM help? Pre-training against noisy teachers on Fashion-MNIST, and what the students are worth afterwards.
+
+  apt-get install dataset-fashion-mnist
+  python -m dtm_jax.data.prepare /usr/share/datasets/fashion-mnist --name=fashion_mnist --out=data
+  python -m dtm_jax.study --config=configs/study_fashion_mnist.py --scale=ci
+
+The same student is pre-trained against token-wise and against morphed targets, from the same seeds on the same batches;
+then come k-NN, linear probe, few-shot, and fine-tuning on few and on all labels. `none` is the student before its first
+step. The teachers leave room above themselves: none has seen all labels, and their tokens are noisy.
+
+  raw-hog       histograms of oriented gradients: nine bins from the few pixels of a patch
+  hog-student   a student pre-trained token-wise against raw-hog: no labels at all
+  2000-labels   a classifier from scratch on 2,000 labelled images
+
+Scales:
+
+  ci    49 tokens, few steps: that everything runs, in minutes on two CPU cores
+  cpu   196 tokens as in the paper, about an hour on two CPU cores
+  gpu   all arms and teachers, ViT-S in bfloat16; not run
+
+`SCALE/RUN` is one of the study's runs, for `dtm_jax.main`; without, the page is gpu's DTM run.
+"""
+
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from dtm_jax import config as config_lib
+
+DATA_HINT = (
+  "Fashion-MNIST is made by: apt-get install dataset-fashion-mnist;"
+  " python -m dtm_jax.data.prepare /usr/share/datasets/fashion-mnist --name=fashion_mnist --out=data"
+)
+BASELINE = "token-wise"
+SIZE = 28  # pixels
+
+
+class Scale(NamedTuple):
+  """How much of the study; all steps are optimiser steps of `batch_size` images."""
+
+  seeds: tuple[int, ...]
+  teachers: tuple[str, ...]
+  arms: tuple[str, ...]
+  labels: dict[str, int]  # steps of fine-tuning on them
+  variant: str
+  dtype: str
+  patch_size: int  # pixels
+  batch_size: int
+  teacher_steps: int  # of a teacher with labels
+  steps: int
+  curve_points: int  # k-NN accuracies over the steps of pre-training
+  train_images: int | None  # whose features are evaluated
+  test_images: int | None
+  num_workers: int
+
+
+SCALES = {
+  "ci": Scale(
+    seeds=(0, 1),
+    teachers=("2000-labels",),
+    arms=("token-wise", "dtm"),
+    labels={"600-labels": 20},
+    variant="tiny",
+    dtype="float32",
+    patch_size=4,
+    batch_size=64,
+    teacher_steps=60,
+    steps=40,
+    curve_points=2,
+    train_images=1000,
+    test_images=500,
+    num_workers=0,
+  ),
+  "cpu": Scale(
+    seeds=(0, 1, 2),
+    teachers=("2000-labels",),
+    arms=("none", "token-wise", "dtm"),
+    labels={"600-labels": 100, "all-labels": 150},
+    variant="tiny",
+    dtype="float32",
+    patch_size=2,
+    batch_size=64,
+    teacher_steps=300,
+    steps=500,
+    curve_points=4,
+    train_images=5000,
+    test_images=3000,
+    num_workers=0,
+  ),
+  "gpu": Scale(
+    seeds=(0, 1, 2),
+    teachers=("raw-hog", "hog-student", "2000-labels"),
+    arms=("none", "token-wise", "dtm", "fixed-n", "fixed-k", "per-image", "random-split"),
+    labels={"600-labels": 200, "all-labels": 2400},
+    variant="S",
+    dtype="bfloat16",
+    patch_size=2,
+    batch_size=512,
+    teacher_steps=400,
+    steps=3600,  # 30 passes
+    curve_points=12,
+    train_images=None,
+    test_images=None,
+    num_workers=12,
+  ),
+}
+LABELS = {"600-labels": 600, "2000-labels": 2000, "all-labels": 60_000}
+
+
+def arms(num_tokens: int) -> dict[str, dict[str, object]]:
+  """What each way of pre-training sets; the letters are the paper's."""
+  return {
+    # The learning rate of the first step is 0: the checkpoint holds the initial parameters.
+    "none": {"run.steps": 1, "eval.knn": False, "eval.figure_images": 0},
+    "token-wise": {"morphing.enabled": False},
+    "dtm": {},
+    "fixed-n": {"morphing.fixed_num_merged": num_tokens // 2},
+    "fixed-k": {"morphing.fixed_iterations": 7},
+    "per-image": {"morphing.granularity": "image"},
+    "random-split": {"morphing.split": "random"},
+  }
+
+
+def get_config(form: str = "") -> ConfigDict:
+  """A whole study for "SCALE", one of its runs for "SCALE/RUN"."""
+  if form in ("", "smoke"):
+    return config_lib.with_form(pretraining(SCALES["gpu"], "raw-hog", "dtm"), form)
+  scale, _, run = form.partition("/")
+  study = plan(SCALES[scale])
+  return study.runs[run] if run else study
+
+
+def plan(scale: Scale) -> ConfigDict:
+  """What `dtm_jax.study` reads: see `dtm_jax/study/plan.py`."""
+  study = ConfigDict({"baseline": BASELINE, "data_hint": DATA_HINT})
+  study.update(seeds=scale.seeds, teachers=scale.teachers, labels=(*scale.labels,))
+  study.untrained = "none" if "none" in scale.arms else ""
+  study.arms = tuple(arm for arm in scale.arms if arm != study.untrained)
+  study.runs = ConfigDict({"evaluate": evaluation(scale)})
+  if study.untrained:
+    study.runs["none"] = pretraining(scale, "raw-hog", "none")
+  for teacher in scale.teachers:
+    if teacher == "hog-student":
+      study.runs[f"{teacher}/teacher"] = pretraining(scale, "raw-hog", BASELINE)
+    elif teacher != "raw-hog":
+      study.runs[f"{teacher}/teacher"] = finetuning(scale, teacher, scale.teacher_steps)
+    study.runs.update({f"{teacher}/{arm}": pretraining(scale, teacher, arm) for arm in study.arms})
+  study.runs.update({labels: finetuning(scale, labels, steps) for labels, steps in scale.labels.items()})
+  return study
+
+
+def pretraining(scale: Scale, teacher: str, arm: str) -> ConfigDict:
+  """The student against a teacher."""
+  config = training(config_lib.base(), scale, images=60_000, steps=scale.steps)
+  num_tokens = (SIZE // scale.patch_size) ** 2
+  config.data.update(crop_scale=(0.5, 1.0), color_jitter=0.0)  # grey images
+  config.data.update(num_masked=75 * num_tokens // 196, mask_min_block=16 * num_tokens // 196)  # the paper's shares
+  # The study adds the folder of a teacher that it has trained.
+  config.teacher.update(kind="hog" if teacher == "raw-hog" else "checkpoint", weights="", dtype=scale.dtype)
+  config.optim.base_lr = 8e-3
+  config.eval.every_epochs = scale.steps / scale.curve_points / (60_000 // scale.batch_size)
+  config.update_from_flattened_dict(arms(num_tokens)[arm])
+  return config
+
+
+def finetuning(scale: Scale, labels: str, steps: int) -> ConfigDict:
+  """A classifier; the study adds the folder of the student that it begins as, or it is a teacher from scratch."""
+  config = training(config_lib.finetune_base(), scale, images=LABELS[labels], steps=steps)
+  config.data.update(train_split=f"train[:{LABELS[labels]}]", crop_scale=(0.7, 1.0), rand_augment="")
+  config.finetune.update(mixup=0.0, cutmix=0.0, erase_prob=0.0)
+  config.optim.update(base_lr=4e-3, layer_decay=1.0, clip_norm=3.0, ema_decay=None)
+  config.eval.every_epochs = None
+  return config
+
+
+def training(config: ConfigDict, scale: Scale, *, images: int, steps: int) -> ConfigDict:
+  """What pre-training and fine-tuning share; a tenth of the steps are warm-up."""
+  config.run.update(steps=steps, epochs=None, log_every_steps=max(1, steps // 60), checkpoint_every_steps=200)
+  config.data.update(source="tfds", name="fashion_mnist", path="data", eval_split="test")
+  config.data.update(batch_size=scale.batch_size, image_size=SIZE, num_workers=scale.num_workers)
+  config.model.update(variant=scale.variant, patch_size=scale.patch_size, dtype=scale.dtype, drop_path=0.0)
+  config.optim.warmup_epochs = 0.1 * steps / (images // scale.batch_size)
+  return limited(config, scale)
+
+
+def evaluation(scale: Scale) -> ConfigDict:
+  """k-NN, linear probe and 10-shot of a student or teacher, whatever it was trained on."""
+  config = config_lib.base()
+  config.task = "evaluate"
+  config.data.update(source="tfds", name="fashion_mnist", path="data", eval_split="test", num_workers=scale.num_workers)
+  config.eval.fewshot = (10,)
+  return limited(config, scale)
+
+
+def limited(config: ConfigDict, scale: Scale) -> ConfigDict:
+  config.eval.update(max_train_images=scale.train_images, max_test_images=scale.test_images)
+  return config

@@ -1,0 +1,98 @@
+"""Pictures of a study: curves of its arms, and its teachers' token groups."""
+
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dtm_jax import metrics
+from dtm_jax.figures import DPI, plain_axes, running_mean, save_figure
+from dtm_jax.files import replacing
+from dtm_jax.study.plan import TRAIN, Study
+
+_SMOOTHED_STEPS = 5  # logged ones
+_PANEL_INCHES = (4.5, 3.6)
+
+Curve = tuple[Sequence[int], Sequence[float]]  # steps, ascending, and values
+Panels = Mapping[str, Mapping[str, Sequence[Curve]]]  # by teacher and arm, of its seeds
+
+
+def draw(study: Study) -> None:
+  """Writes what can be drawn of the cells that have run so far. Raises InputError where a file cannot be written."""
+  folder = study.folder / "figures"
+  losses = _curves(study, "token_loss")
+  if any(losses.values()):
+    curves_figure(folder / "loss.png", losses, "token-wise distance to the teacher", window=_SMOOTHED_STEPS)
+  accuracies = _curves(study, "knn_top1")
+  if any(accuracies.values()):
+    curves_figure(folder / "accuracy.png", accuracies, "k-NN accuracy, %", window=1, scale=100)
+  for teacher in study.teachers:
+    _copy_token_groups(study, teacher, folder / f"tokens_{teacher}.png")
+
+
+def _curves(study: Study, name: str) -> Panels:
+  panels = {}
+  for teacher in study.teachers:
+    of_arms = {arm: _of_seeds(study, f"{teacher}/{arm}", name) for arm in study.arms}
+    panels[teacher] = {arm: curves for arm, curves in of_arms.items() if curves}
+  return panels
+
+
+def _of_seeds(study: Study, student: str, name: str) -> list[Curve]:
+  curves = []
+  for seed in study.seeds:
+    rows = metrics.read_rows(study.folder / student / f"seed{seed}" / TRAIN)
+    pairs = sorted((row["step"], row[name]) for row in rows if name in row)
+    if pairs:
+      curves.append(tuple(zip(*pairs, strict=True)))
+  return curves
+
+
+def _copy_token_groups(study: Study, teacher: str, path: pathlib.Path) -> None:
+  """The picture that a run with this teacher has left, if one has."""
+  pictures = [
+    study.folder / f"{teacher}/{arm}/seed{seed}" / TRAIN / "figures" / "morphing.png"
+    for seed in study.seeds
+    for arm in study.arms
+  ]
+  if left := [picture for picture in pictures if picture.exists()]:
+    with replacing(path) as unfinished:
+      shutil.copy(left[0], unfinished)
+
+
+def curves_figure(path: str | os.PathLike, panels: Panels, ylabel: str, *, window: int, scale: float = 1.0) -> None:
+  """Writes a PNG: a panel for each teacher, in it a line for each arm, the mean of its seeds, in a band of their range.
+
+  Args:
+    path: file to write; its folder is made where it is missing.
+    panels: curves by teacher, arm and seed; the mean is over the steps that all of an arm's seeds have.
+    ylabel: of all panels.
+    window: points that are averaged for smoothness; 1 leaves them as they are.
+    scale: of the values.
+
+  Raises:
+    InputError: the file cannot be written.
+  """
+  width, height = _PANEL_INCHES
+  figure = Figure(figsize=(width * len(panels), height), dpi=DPI, layout="constrained")
+  for panel, (teacher, arms) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    for arm, curves in arms.items():
+      _draw_mean(panel, [(steps, scale * np.asarray(values)) for steps, values in curves], arm, window)
+    panel.set(title=f"teacher: {teacher}", xlabel="step", ylabel=ylabel)
+    if arms:
+      panel.legend(frameon=False, fontsize=9)
+    plain_axes(panel)
+  save_figure(figure, path)
+
+
+def _draw_mean(panel: Axes, curves: Sequence[Curve], name: str, window: int) -> None:
+  shared = sorted(set.intersection(*({*steps} for steps, _ in curves)))
+  values = np.array([[dict(zip(*curve, strict=True))[step] for step in shared] for curve in curves])
+  window = min(window, len(shared) - 1 + len(shared) % 2)  # odd
+  values = np.array([running_mean(row, window) for row in values])
+  [line] = panel.plot(shared, values.mean(axis=0), label=name, marker="." if len(shared) < 20 else "")
+  panel.fill_between(shared, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.15, linewidth=0)

@@ -1,0 +1,149 @@
+"""What a study has found so far: means, spreads, and differences seed by seed."""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dtm_jax import workdir as workdirs
+from dtm_jax.study.plan import EVALUATE, TEACHER, TRAIN, Study
+from dtm_jax.study.runner import DONE_FILE
+
+# Columns of the table that come from task "evaluate", and the entries of its summary.
+FEATURES = {"k-NN": "knn_top1", "linear": "linear_top1", "few-shot": "fewshot_top1"}
+MISSING = "-"
+
+Values = Mapping[int, float]  # accuracy in [0, 1] by seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+  """Of some seeds. `std` (of a sample) and `standard_error` (of the mean) are None for one seed."""
+
+  mean: float
+  std: float | None
+  standard_error: float | None
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+  """None for no values."""
+  if not values:
+    return None
+  std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+  return Spread(float(np.mean(values)), std, None if std is None else std / math.sqrt(len(values)))
+
+
+def paired_differences(values: Values, baseline: Values) -> list[float]:
+  """Of the seeds that both have."""
+  return [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
+
+
+def columns(study: Study) -> list[str]:
+  return [*FEATURES, *study.labels]
+
+
+def collect(study: Study) -> dict[str, Any]:
+  """All that is known, as `results.json` has it: for each teacher, arm and column, values and their statistics."""
+  return {
+    "study": study.title,
+    "baseline": study.baseline,
+    "seeds": [*study.seeds],
+    "cells": len(study.cells),
+    "cells_done": sum(_summary(study, cell.name) is not None for cell in study.cells),
+    "teachers": {teacher: _of_teacher(study, teacher) for teacher in study.teachers},
+  }
+
+
+def _of_teacher(study: Study, teacher: str) -> dict[str, Any]:
+  """Its own scores, where it was trained, and each arm's."""
+  values = {
+    arm: {name: _values(study, folder, name) for name in columns(study)} for arm, folder in study.students(teacher)
+  }
+  return {"itself": _teacher_scores(study, teacher), "arms": {arm: _of_arm(study, arm, values) for arm in values}}
+
+
+def _of_arm(study: Study, arm: str, values: Mapping[str, Mapping[str, Values]]) -> dict[str, Any]:
+  entries = {}
+  for name, own in values[arm].items():
+    differences = paired_differences(own, values[study.baseline][name]) if arm != study.baseline else []
+    found = {"": spread([*own.values()]), "difference_": spread(differences)}
+    statistics = {prefix + key: value for prefix, one in found.items() if one for key, value in vars(one).items()}
+    entries[name] = {"values": {str(seed): value for seed, value in own.items()}, **statistics}
+  return entries
+
+
+def _values(study: Study, folder: str, column: str) -> Values:
+  readout, entry = (EVALUATE, FEATURES[column]) if column in FEATURES else (column, "top1")
+  summaries = {seed: _summary(study, f"{folder}/seed{seed}/{readout}") for seed in study.seeds}
+  return {seed: summary[entry] for seed, summary in summaries.items() if summary and entry in summary}
+
+
+def _teacher_scores(study: Study, teacher: str) -> dict[str, float]:
+  """By column, and "top1" of a classifier."""
+  features = _summary(study, f"{teacher}/{TEACHER}/{EVALUATE}") or {}
+  trained = _summary(study, f"{teacher}/{TEACHER}/{TRAIN}") or {}
+  scores = {column: features[entry] for column, entry in FEATURES.items() if entry in features}
+  return scores | ({"top1": trained["top1"]} if "top1" in trained else {})
+
+
+def _summary(study: Study, cell: str) -> dict[str, Any] | None:
+  """Of a cell that is complete, else None."""
+  workdir = study.folder / cell
+  return workdirs.read_json(workdir / workdirs.SUMMARY_FILE) if (workdir / DONE_FILE).exists() else None
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+  """A table for each teacher."""
+  seeds, baseline = results["seeds"], results["baseline"]
+  lines = [
+    f"# {results['study']}",
+    "",
+    f"{results['cells_done']} of {results['cells']} cells are complete. Top-1 accuracy in %: mean ± standard deviation"
+    f" over {len(seeds)} seed{'s' * (len(seeds) > 1)}; in brackets the difference to {baseline}, seed by seed:"
+    " mean ± standard error.",
+  ]
+  for teacher, found in results["teachers"].items():
+    names = [*next(iter(found["arms"].values()))]
+    lines += ["", f"## Teacher: {teacher}", "", _row("pre-training", names), _row("---", ["---"] * len(names))]
+    lines += [_row(arm, [_entry(entries[name]) for name in names]) for arm, entries in found["arms"].items()]
+    own = found["itself"]
+    if own:
+      lines.append(_row("*the teacher itself*", [_percent(own[name]) if name in own else MISSING for name in names]))
+    if "top1" in own:
+      lines += ["", f"The teacher's own classifier: {_percent(own['top1'])} %."]
+  return "\n".join(lines) + "\n"
+
+
+def _row(head: str, entries: Sequence[str]) -> str:
+  return f"| {' | '.join([head, *entries])} |"
+
+
+def _entry(found: Mapping[str, Any]) -> str:
+  if "mean" not in found:
+    return MISSING
+  text = _with_error(_percent(found["mean"]), found["std"])
+  if "difference_mean" not in found:
+    return text
+  difference = f"{100 * found['difference_mean']:+.1f}"
+  return f"{text} ({_with_error(difference, found['difference_standard_error'])})"
+
+
+def _with_error(text: str, error: float | None) -> str:
+  return text if error is None else f"{text} ± {_percent(error)}"
+
+
+def _percent(value: float) -> str:
+  return f"{100 * value:.1f}"
+
+
+def write(study: Study) -> pathlib.Path:
+  """Writes `results.md` and `results.json` and returns the former. Raises InputError where they cannot be written."""
+  results = collect(study)
+  workdirs.write_json(study.folder / "results.json", results)
+  path = study.folder / "results.md"
+  with workdirs.replacing(path, workdirs.RUN_AGAIN) as unfinished:
+    unfinished.write_text(markdown(results))
+  return path

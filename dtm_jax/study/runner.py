@@ -1,0 +1,181 @@
+"""Runs the cells of a study, each in a process of its own, as soon as what they need is there."""
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from absl import logging
+
+from dtm_jax import workdir as workdirs
+from dtm_jax.config import to_json
+from dtm_jax.errors import InputError
+from dtm_jax.study.plan import Cell
+
+DONE_FILE = "cell.json"  # the settings of a cell that is complete
+LOG_FILE = "log.txt"
+COMPILED = "compiled"  # programs that cells of one kind share
+_POLL_SECONDS = 0.1
+
+
+def find_slots(jobs: int | None) -> list[dict[str, str]]:
+  """The environment of each of the processes that run at a time: one of the GPUs, or all of a CPU or TPU.
+
+  Args:
+    jobs: how many; None is one for each GPU, or one.
+  """
+  # Not in this process: it would keep the GPUs' memory.
+  question = "import jax; print(jax.default_backend(), jax.local_device_count())"
+  answer = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, check=False)
+  if answer.returncode:
+    raise InputError(f"JAX does not start here: {_last_line(answer.stderr)}; mend the installation or JAX_PLATFORMS")
+  backend, count = answer.stdout.split()
+  visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(int(count))))
+  return slots_of(visible.split(",") if backend == "gpu" else [], jobs)
+
+
+def slots_of(gpus: Sequence[str], jobs: int | None) -> list[dict[str, str]]:
+  """`find_slots` for GPUs of these names; several processes on one GPU take memory as they need it."""
+  if not gpus:
+    return [{} for _ in range(jobs or 1)]
+  jobs = jobs or len(gpus)
+  shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if jobs > len(gpus) else {}
+  return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)], **shared} for i in range(jobs)]
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[int]:
+  """Holds the folder for this process and its children, to which the lock's file descriptor is passed.
+
+  Raises:
+    InputError: others are at work in it: a study, or cells that outlived one that was killed.
+  """
+  with (folder / "lock").open("w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise InputError(f"a study is at work in {folder}; wait for it, stop it, or choose another --workdir") from error
+    yield file.fileno()
+
+
+@dataclasses.dataclass
+class _Running:
+  cell: Cell
+  process: subprocess.Popen
+  slot: dict[str, str]
+  start: float
+
+
+@dataclasses.dataclass
+class Runner:
+  """The state of a study that is being run.
+
+  Attributes:
+    folder: of the study.
+    slots: environments of the processes at a time, see `find_slots`.
+    lock: file descriptor, see `locked`.
+    stop: set, it stops the cells under way, which save.
+    done: names of cells that are complete.
+    failed: names of cells that are not, and of those that need them.
+  """
+
+  folder: pathlib.Path
+  slots: Sequence[dict[str, str]]
+  lock: int
+  stop: threading.Event
+  done: set[str] = dataclasses.field(default_factory=set)
+  failed: set[str] = dataclasses.field(default_factory=set)
+
+  def run(self, cells: Sequence[Cell], on_done: Callable[[], None]) -> None:
+    """Runs all that are not complete; `on_done` is called after each that has become so. What fails is told."""
+    self.done |= {cell.name for cell in cells if is_done(self.folder, cell)}
+    if self.done:
+      logging.info("%d of %d cells are complete already", len(self.done), len(cells))
+    waiting, free, running = [cell for cell in cells if cell.name not in self.done], [*self.slots], []
+    try:
+      while running or (waiting and not self.stop.is_set()):
+        self._drop_hopeless(waiting)
+        while free and not self.stop.is_set() and (cell := self._next(waiting)):
+          waiting.remove(cell)
+          running.append(self._start(cell, free.pop()))
+        for ended in [one for one in running if one.process.poll() is not None]:
+          running.remove(ended)
+          free.append(ended.slot)
+          self._note(ended, f"{len(self.done) + 1}/{len(cells)}")
+          on_done()
+        if self.stop.wait(_POLL_SECONDS) and running:
+          self._end(running)
+    finally:
+      self._end(running)
+
+  def _next(self, waiting: Sequence[Cell]) -> Cell | None:
+    """The first cell whose needs are met."""
+    return next((cell for cell in waiting if not cell.needs or cell.needs in self.done), None)
+
+  def _drop_hopeless(self, waiting: list[Cell]) -> None:
+    for cell in [cell for cell in waiting if cell.needs in self.failed]:
+      logging.info("%s: left out, %s failed", cell.name, cell.needs)
+      waiting.remove(cell)
+      self.failed.add(cell.name)
+
+  def _start(self, cell: Cell, slot: dict[str, str]) -> _Running:
+    workdir = self.folder / cell.name
+    workdirs.create(workdir)
+    cache = {
+      "JAX_COMPILATION_CACHE_DIR": str(self.folder / COMPILED),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    with (workdir / LOG_FILE).open("a") as log:
+      process = subprocess.Popen(
+        [sys.executable, "-m", "dtm_jax.main", *cell.arguments, f"--workdir={workdir}"],
+        env=cache | os.environ | slot,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        pass_fds=(self.lock,),
+        start_new_session=True,  # Ctrl-C is for the study, which passes it on
+      )
+    return _Running(cell, process, slot, time.perf_counter())
+
+  def _note(self, ended: _Running, count: str) -> None:
+    cell, code = ended.cell, ended.process.returncode
+    workdir, seconds = self.folder / cell.name, time.perf_counter() - ended.start
+    if code == 0:
+      workdirs.write_json(workdir / DONE_FILE, to_json(cell.config))
+      self.done.add(cell.name)
+      logging.info("%s %s: %.0f s%s", count, cell.name, seconds, _scores(workdir))
+    elif self.stop.is_set():
+      logging.info("%s: stopped", cell.name)
+    else:
+      self.failed.add(cell.name)
+      log = workdir / LOG_FILE
+      logging.info("%s: FAILED (exit code %d): %s; see %s", cell.name, code, _last_line(log.read_text()), log)
+
+  def _end(self, running: Sequence[_Running]) -> None:
+    """Has the cells under way save and end."""
+    for one in running:
+      one.process.terminate()
+    for one in running:
+      one.process.wait()
+
+
+def is_done(folder: pathlib.Path, cell: Cell) -> bool:
+  """Whether the cell is complete, with these very settings. With others, its own run decides what it makes of them."""
+  return workdirs.read_json(folder / cell.name / DONE_FILE) == to_json(cell.config)
+
+
+def _scores(workdir: pathlib.Path) -> str:
+  summary = workdirs.read_json(workdir / workdirs.SUMMARY_FILE)
+  scores = {name: summary[name] for name in ("top1", "knn_top1", "linear_top1", "fewshot_top1") if name in summary}
+  return "".join(f", {name} {100 * value:.1f} %" for name, value in scores.items())
+
+
+def _last_line(text: str) -> str:
+  *_, last = ("no output", *(line.strip() for line in text.splitlines() if line.strip()))
+  return last

@@ -1,0 +1,256 @@
+"""The study's plan, its runner with real runs in real processes, and its table."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+import runs
+from dtm_jax import config as config_lib
+from dtm_jax.errors import InputError
+from dtm_jax.optim import warmup_cosine
+from dtm_jax.study import pictures, results, runner
+from dtm_jax.study.plan import Study, read_study
+
+ROOT = pathlib.Path(__file__).parents[1]
+SHIPPED = "configs/study_fashion_mnist.py"
+FASHION_MNIST_IMAGES = 60_000
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*load_module:DeprecationWarning")  # how ml_collections reads a page
+
+# Two steps of a tiny student for each run. The arm "broken" has a teacher that is not there.
+PAGE = """
+from ml_collections import ConfigDict
+
+from configs import finetune_quickstart, quickstart
+
+
+def get_config(form):
+  scale, _, run = form.partition("/")
+  study = ConfigDict({"baseline": "token-wise", "data_hint": "Mend the page.", "seeds": (0,), "teachers": ("hog",)})
+  study.update(arms=("broken", "token-wise"), untrained="", labels=())
+  pretrain, evaluate = quickstart.get_config("smoke"), quickstart.get_config("smoke")
+  pretrain.eval.every_epochs = 0.02
+  evaluate.task = "evaluate"
+  evaluate.eval.fewshot = (1,)
+  evaluate.eval.knn_k = 5
+  broken = pretrain.copy_and_resolve_references()
+  broken.teacher.update(kind="checkpoint", weights="MISSING")
+  study.runs = ConfigDict({"hog/token-wise": pretrain, "hog/broken": broken, "evaluate": evaluate})
+  return study.runs[run] if run else study
+"""
+
+
+@functools.cache
+def shipped(scale: str, folder: pathlib.Path = pathlib.Path("STUDY")) -> Study:
+  return read_study(SHIPPED, scale, ["--config.data.path=DATA"], folder)
+
+
+@pytest.mark.parametrize("scale", ["ci", "cpu", "gpu"])
+def test_cells_come_after_what_they_need(scale):
+  study = shipped(scale)
+  names = [cell.name for cell in study.cells]
+  assert len({*names}) == len(names)
+  assert all(not cell.needs or cell.needs in names[:i] for i, cell in enumerate(study.cells))
+  assert all(cell.config.data.path == "DATA" for cell in study.cells)
+
+
+def test_the_cells_of_one_student():
+  cells = {cell.name: cell for cell in shipped("cpu").cells}
+  train = cells["2000-labels/dtm/seed1/train"]
+  assert train.needs == "2000-labels/teacher/train"
+  assert (train.config.run.seed, train.config.teacher.weights) == (1, "STUDY/2000-labels/teacher/train")
+  few = cells["2000-labels/dtm/seed1/600-labels"]
+  assert few.config.finetune.init == "STUDY/2000-labels/dtm/seed1/train"
+  assert (few.config.run.seed, few.config.data.train_split) == (1, "train[:600]")
+  evaluate = cells["2000-labels/dtm/seed1/evaluate"]
+  assert evaluate.config.eval.checkpoint == "STUDY/2000-labels/dtm/seed1/train"
+  assert cells["2000-labels/teacher/train"].config.data.train_split == "train[:2000]"
+  assert cells["none/seed1/600-labels"].config.finetune.init == "STUDY/none/seed1/train"
+
+
+def test_arms_differ_in_what_their_name_says_alone():
+  cells = {cell.name: cell.config for cell in shipped("gpu").cells}
+  baseline = cells["raw-hog/token-wise/seed2/train"]
+  differ = {
+    arm: config_lib.settings_that_differ(baseline, cells[f"raw-hog/{arm}/seed2/train"])
+    for arm in ("dtm", "fixed-n", "fixed-k", "per-image", "random-split")
+  }
+  always = ["config.morphing.enabled"]
+  assert differ == {
+    "dtm": always,
+    "fixed-n": [*always, "config.morphing.fixed_num_merged"],
+    "fixed-k": [*always, "config.morphing.fixed_iterations"],
+    "per-image": [*always, "config.morphing.granularity"],
+    "random-split": [*always, "config.morphing.split"],
+  }
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+def test_the_untrained_student_takes_no_step_of_any_length(scale):
+  config = next(cell.config for cell in shipped(scale).cells if cell.name == "none/seed0/train")
+  total = config.total_steps(FASHION_MNIST_IMAGES)
+  warmup = min(config.warmup_steps(FASHION_MNIST_IMAGES), total)
+  assert total == 1
+  assert warmup_cosine(config.peak_lr, config.optim.min_lr, warmup, total)(0) == 0
+
+
+def test_other_pages_and_scales_are_refused():
+  with pytest.raises(InputError, match=r"cannot load --config=configs/study_fashion_mnist.py:huge \(KeyError: huge"):
+    shipped("huge")
+  with pytest.raises(InputError, match=r"configs/quickstart.py is the page of one run, not of a study"):
+    read_study("configs/quickstart.py", "smoke", [], pathlib.Path("STUDY"))
+  with pytest.raises(InputError, match=r"config.data.paht does not exist"):
+    read_study(SHIPPED, "ci", ["--config.data.paht=DATA"], pathlib.Path("STUDY"))
+
+
+def test_processes_share_the_gpus():
+  assert runner.slots_of([], None) == [{}]
+  assert runner.slots_of([], 2) == [{}, {}]
+  assert runner.slots_of(["0", "3"], None) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "3"}]
+  assert runner.slots_of(["0", "3"], 1) == [{"CUDA_VISIBLE_DEVICES": "0"}]
+  assert [slot["CUDA_VISIBLE_DEVICES"] for slot in runner.slots_of(["0", "3"], 3)] == ["0", "3", "0"]
+  assert runner.slots_of(["0"], 2)[1]["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+
+
+# The table, from summaries made by hand.
+
+RECORDED = {
+  ("token-wise", 0): {"knn_top1": 0.70, "linear_top1": 0.80, "fewshot_top1": 0.60, "few": 0.50},
+  ("token-wise", 1): {"knn_top1": 0.74, "linear_top1": 0.81, "fewshot_top1": 0.61, "few": 0.54},
+  ("dtm", 0): {"knn_top1": 0.72, "linear_top1": 0.80, "fewshot_top1": 0.63, "few": 0.51},
+  ("dtm", 1): {"knn_top1": 0.80, "linear_top1": 0.83, "fewshot_top1": 0.62},
+  ("dtm", 2): {"knn_top1": 0.88},
+}
+# By hand: standard deviations of (70, 74), (80, 81), ... are their difference over sqrt(2), of (72, 80, 88) it is 8;
+# standard errors of two paired differences are half of their difference.
+TABLE = """
+| pre-training | k-NN | linear | few-shot | few |
+| --- | --- | --- | --- | --- |
+| token-wise | 72.0 ± 2.8 | 80.5 ± 0.7 | 60.5 ± 0.7 | 52.0 ± 2.8 |
+| dtm | 80.0 ± 8.0 (+4.0 ± 2.0) | 81.5 ± 2.1 (+1.0 ± 1.0) | 62.5 ± 0.7 (+2.0 ± 1.0) | 51.0 (+1.0) |
+| fixed-n | - | - | - | - |
+| *the teacher itself* | 66.0 | - | - | - |
+
+The teacher's own classifier: 77.7 %.
+"""
+
+
+def record(folder: pathlib.Path, summary: dict) -> None:
+  folder.mkdir(parents=True)
+  (folder / "summary.json").write_text(json.dumps(summary))
+  (folder / "cell.json").write_text("{}")
+
+
+@pytest.fixture
+def recorded(tmp_path):
+  for (arm, seed), scores in RECORDED.items():
+    record(tmp_path / f"hog/{arm}/seed{seed}/evaluate", scores)
+    if "few" in scores:
+      record(tmp_path / f"hog/{arm}/seed{seed}/few", {"top1": scores["few"]})
+  record(tmp_path / "hog/teacher/evaluate", {"knn_top1": 0.66})
+  record(tmp_path / "hog/teacher/train", {"top1": 0.777})
+  arms = ("token-wise", "dtm", "fixed-n")
+  return Study("study:ci", tmp_path, (0, 1, 2), ("hog",), arms, "", "token-wise", ("few",), "", ())
+
+
+def test_table_of_recorded_summaries(recorded):
+  path = results.write(recorded)
+  assert path.read_text().endswith(TABLE)
+
+
+def test_a_run_under_way_is_not_in_the_table(recorded):
+  (recorded.folder / "hog/dtm/seed2/evaluate/cell.json").unlink()
+  entries = results.collect(recorded)["teachers"]["hog"]["arms"]["dtm"]["k-NN"]
+  assert entries["values"] == {"0": 0.72, "1": 0.80}
+  assert entries["std"] == pytest.approx(0.08 / 2**0.5)
+
+
+def test_differences_are_of_the_same_seeds():
+  found = results.paired_differences({0: 0.5, 2: 0.9, 3: 0.1}, {2: 0.7, 0: 0.6, 1: 0.0})
+  assert found == pytest.approx([-0.1, 0.2])
+
+
+def test_pictures_of_whatever_steps_there_are(tmp_path):
+  one, other = ((0, 5, 10), (0.3, 0.2, 0.1)), ((0, 5), (0.5, 0.2))
+  panels = {"hog": {"token-wise": [one, other], "dtm": [one]}, "pixels": {"dtm": [((0,), (0.5,))]}, "none": {}}
+  pictures.curves_figure(tmp_path / "loss.png", panels, "loss", window=5)
+  with Image.open(tmp_path / "loss.png") as image:
+    assert image.width > 2.5 * image.height
+
+
+# Real runs.
+
+
+def start(page: pathlib.Path, workdir: pathlib.Path, cache: pathlib.Path, *arguments: str) -> subprocess.Popen:
+  environment = os.environ | {
+    "XLA_FLAGS": "",
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "PYTHONPATH": str(ROOT),
+  }
+  command = [sys.executable, "-m", "dtm_jax.study", f"--config={page}", "--scale=x", f"--workdir={workdir}"]
+  return subprocess.Popen([*command, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def page(tmp_path):
+  path = tmp_path / "page.py"
+  path.write_text(PAGE)
+  return path
+
+
+def test_a_failing_cell_is_named_and_the_others_go_on(page, tmp_path, compile_cache):
+  code, stderr = runs.finish(start(page, tmp_path / "study", compile_cache, "--jobs=2"))
+  assert code == 1, stderr
+  folder = tmp_path / "study" / "hog"
+  assert "hog/broken/seed0/train: FAILED (exit code 2): error: MISSING" in stderr
+  assert "hog/broken/seed0/evaluate: left out, hog/broken/seed0/train failed" in stderr
+  assert runs.summary(folder / "token-wise/seed0/train")["steps"] == 2
+  knn = runs.summary(folder / "token-wise/seed0/evaluate")["knn_top1"]
+  table = (tmp_path / "study" / "results.md").read_text()
+  assert f"| token-wise | {100 * knn:.1f} |" in table
+  assert "| broken | - | - | - |" in table
+  figures = {path.name for path in (tmp_path / "study/figures").iterdir()}
+  assert figures == {"loss.png", "accuracy.png", "tokens_hog.png"}
+
+
+@pytest.mark.slow
+def test_stopped_it_saves_and_the_same_command_goes_on(page, tmp_path, compile_cache):
+  page.write_text(PAGE.replace('arms=("broken", "token-wise")', 'arms=("token-wise",)'))
+  workdir = tmp_path / "study" / "hog/token-wise/seed0/train"
+  long = ("--config.run.steps=4000", "--config.eval.knn=False", "--config.eval.figure_images=0")
+  process = start(page, tmp_path / "study", compile_cache, *long, "--config.run.log_every_steps=1")
+  runs.wait_until(lambda: (workdir / "metrics.jsonl").exists(), process)
+  with pytest.raises(InputError, match="a study is at work in"), runner.locked(tmp_path / "study"):
+    pass
+  process.send_signal(signal.SIGTERM)
+  code, stderr = runs.finish(process)
+  assert code == 143, stderr
+  [step] = runs.checkpoints(workdir)
+  assert 0 < step < 4000
+  with runner.locked(tmp_path / "study"):  # nobody is left in it
+    pass
+  code, stderr = runs.finish(start(page, tmp_path / "study", compile_cache, *long, f"--config.run.steps={step + 2}"))
+  assert code == 0, stderr
+  assert f"resuming at step {step} of {step + 2}" in (workdir / "log.txt").read_text()
+  logs = {path: path.read_text() for path in (tmp_path / "study").rglob("log.txt")}
+  code, stderr = runs.finish(start(page, tmp_path / "study", compile_cache, *long, f"--config.run.steps={step + 2}"))
+  assert code == 0 and "2 of 2 cells are complete already" in stderr
+  assert {path: path.read_text() for path in logs} == logs
+
+
+def test_a_cell_of_other_settings_is_not_complete(tmp_path):
+  cell = shipped("ci", tmp_path).cells[0]
+  assert not runner.is_done(tmp_path, cell)
+  (tmp_path / cell.name).mkdir(parents=True)
+  (tmp_path / cell.name / runner.DONE_FILE).write_text(json.dumps(config_lib.to_json(cell.config)))
+  assert runner.is_done(tmp_path, cell)
+  longer = dataclasses.replace(cell.config, run=dataclasses.replace(cell.config.run, steps=10**6))
+  assert not runner.is_done(tmp_path, dataclasses.replace(cell, config=longer))
