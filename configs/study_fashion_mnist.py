@@ -176,22 +176,23 @@ def finetuning(scale: Scale, labels: str, steps: int) -> ConfigDict:
 def training(config: ConfigDict, scale: Scale, *, images: int, steps: int) -> ConfigDict:
   """What pre-training and fine-tuning share; a tenth of the steps are warm-up."""
   config.run.update(steps=steps, epochs=None, log_every_steps=max(1, steps // 60), checkpoint_every_steps=200)
-  config.data.update(source="tfds", name="fashion_mnist", path="data", eval_split="test")
-  config.data.update(batch_size=scale.batch_size, image_size=SIZE, num_workers=scale.num_workers)
+  config.data.update(batch_size=scale.batch_size, image_size=SIZE)
   config.model.update(variant=scale.variant, patch_size=scale.patch_size, dtype=scale.dtype, drop_path=0.0)
   config.optim.warmup_epochs = 0.1 * steps / (images // scale.batch_size)
-  return limited(config, scale)
+  return fashion_mnist(config, scale)
 
 
 def evaluation(scale: Scale) -> ConfigDict:
   """k-NN, linear probe and 10-shot of a student or teacher, whatever it was trained on."""
   config = config_lib.base()
   config.task = "evaluate"
-  config.data.update(source="tfds", name="fashion_mnist", path="data", eval_split="test", num_workers=scale.num_workers)
   config.eval.fewshot = (10,)
-  return limited(config, scale)
+  return fashion_mnist(config, scale)
 
 
-def limited(config: ConfigDict, scale: Scale) -> ConfigDict:
+def fashion_mnist(config: ConfigDict, scale: Scale) -> ConfigDict:
+  """The data, and how much of them is evaluated."""
+  config.data.update(source="tfds", name="fashion_mnist", path="data", eval_split="test", num_workers=scale.num_workers)
+  config.data.eval_crop = 1.0  # the things fill their images
   config.eval.update(max_train_images=scale.train_images, max_test_images=scale.test_images)
   return config

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*load_module:DeprecationWarning
 PAGE = """
 from ml_collections import ConfigDict
 
-from configs import finetune_quickstart, quickstart
+from configs import quickstart
 
 
 def get_config(form):
@@ -37,10 +37,8 @@ def get_config(form):
   study = ConfigDict({"baseline": "token-wise", "data_hint": "Mend the page.", "seeds": (0,), "teachers": ("hog",)})
   study.update(arms=("broken", "token-wise"), untrained="", labels=())
   pretrain, evaluate = quickstart.get_config("smoke"), quickstart.get_config("smoke")
-  pretrain.eval.every_epochs = 0.02
   evaluate.task = "evaluate"
-  evaluate.eval.fewshot = (1,)
-  evaluate.eval.knn_k = 5
+  evaluate.eval.update(linear=False, fewshot=(1,), knn_k=5)
   broken = pretrain.copy_and_resolve_references()
   broken.teacher.update(kind="checkpoint", weights="MISSING")
   study.runs = ConfigDict({"hog/token-wise": pretrain, "hog/broken": broken, "evaluate": evaluate})
@@ -123,16 +121,16 @@ def test_processes_share_the_gpus():
 # The table, from summaries made by hand.
 
 RECORDED = {
-  ("token-wise", 0): {"knn_top1": 0.70, "linear_top1": 0.80, "fewshot_top1": 0.60, "few": 0.50},
-  ("token-wise", 1): {"knn_top1": 0.74, "linear_top1": 0.81, "fewshot_top1": 0.61, "few": 0.54},
-  ("dtm", 0): {"knn_top1": 0.72, "linear_top1": 0.80, "fewshot_top1": 0.63, "few": 0.51},
-  ("dtm", 1): {"knn_top1": 0.80, "linear_top1": 0.83, "fewshot_top1": 0.62},
+  ("token-wise", 0): {"knn_top1": 0.70, "linear_top1": 0.80, "fewshot_10_top1": 0.60, "few": 0.50},
+  ("token-wise", 1): {"knn_top1": 0.74, "linear_top1": 0.81, "fewshot_10_top1": 0.61, "few": 0.54},
+  ("dtm", 0): {"knn_top1": 0.72, "linear_top1": 0.80, "fewshot_10_top1": 0.63, "few": 0.51},
+  ("dtm", 1): {"knn_top1": 0.80, "linear_top1": 0.83, "fewshot_10_top1": 0.62},
   ("dtm", 2): {"knn_top1": 0.88},
 }
 # By hand: standard deviations of (70, 74), (80, 81), ... are their difference over sqrt(2), of (72, 80, 88) it is 8;
 # standard errors of two paired differences are half of their difference.
 TABLE = """
-| pre-training | k-NN | linear | few-shot | few |
+| pre-training | k-NN | linear | 10-shot | few |
 | --- | --- | --- | --- | --- |
 | token-wise | 72.0 ± 2.8 | 80.5 ± 0.7 | 60.5 ± 0.7 | 52.0 ± 2.8 |
 | dtm | 80.0 ± 8.0 (+4.0 ± 2.0) | 81.5 ± 2.1 (+1.0 ± 1.0) | 62.5 ± 0.7 (+2.0 ± 1.0) | 51.0 (+1.0) |
@@ -158,7 +156,7 @@ def recorded(tmp_path):
   record(tmp_path / "hog/teacher/evaluate", {"knn_top1": 0.66})
   record(tmp_path / "hog/teacher/train", {"top1": 0.777})
   arms = ("token-wise", "dtm", "fixed-n")
-  return Study("study:ci", tmp_path, (0, 1, 2), ("hog",), arms, "", "token-wise", ("few",), "", ())
+  return Study("study:ci", tmp_path, (0, 1, 2), ("hog",), arms, "", "token-wise", ("few",), (10,), "", ())
 
 
 def test_table_of_recorded_summaries(recorded):
@@ -210,12 +208,12 @@ def test_a_failing_cell_is_named_and_the_others_go_on(page, tmp_path, compile_ca
   code, stderr = runs.finish(start(page, tmp_path / "study", compile_cache, "--jobs=2"))
   assert code == 1, stderr
   folder = tmp_path / "study" / "hog"
-  assert "hog/broken/seed0/train: FAILED (exit code 2): error: MISSING" in stderr
+  assert "hog/broken/seed0/train: FAILED (exit code 2): error: weights file MISSING does not exist" in stderr
   assert "hog/broken/seed0/evaluate: left out, hog/broken/seed0/train failed" in stderr
   assert runs.summary(folder / "token-wise/seed0/train")["steps"] == 2
-  knn = runs.summary(folder / "token-wise/seed0/evaluate")["knn_top1"]
+  evaluated = runs.summary(folder / "token-wise/seed0/evaluate")
   table = (tmp_path / "study" / "results.md").read_text()
-  assert f"| token-wise | {100 * knn:.1f} |" in table
+  assert f"| token-wise | {100 * evaluated['knn_top1']:.1f} | - | {100 * evaluated['fewshot_1_top1']:.1f} |" in table
   assert "| broken | - | - | - |" in table
   figures = {path.name for path in (tmp_path / "study/figures").iterdir()}
   assert figures == {"loss.png", "accuracy.png", "tokens_hog.png"}

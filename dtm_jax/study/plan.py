@@ -50,6 +50,7 @@ class Study:
     untrained: name of the students before their first step, "" where they are left out.
     baseline: the arm that others are compared with, seed by seed.
     labels: kinds of fine-tuning, by name.
+    shots: labelled images per class, of few-shot.
     data_hint: what to do where the data are missing.
     cells: those that others need come first.
   """
@@ -62,6 +63,7 @@ class Study:
   untrained: str
   baseline: str
   labels: tuple[str, ...]
+  shots: tuple[int, ...]
   data_hint: str
   cells: tuple[Cell, ...]
 
@@ -74,10 +76,10 @@ class Study:
 def read_study(page: str, scale: str, overrides: Sequence[str], folder: pathlib.Path) -> Study:
   """Reads a page and resolves all its runs.
 
-  A page's `get_config(SCALE)` gives a ConfigDict with the entries of `Study` from `seeds` to `data_hint`, and `runs`, a
-  ConfigDict for each of: every teacher that has to be trained ("TEACHER/teacher"), every pre-training ("TEACHER/ARM"),
-  the untrained student, every kind of fine-tuning, and "evaluate". `get_config("SCALE/RUN")` gives one of them. Seeds
-  and paths between runs are added here.
+  A page's `get_config(SCALE)` gives a ConfigDict with the entries of `Study` from `seeds` to `labels`, `data_hint`, and
+  `runs`, a ConfigDict for each of: every teacher that has to be trained ("TEACHER/teacher"), every pre-training
+  ("TEACHER/ARM"), the untrained student, every kind of fine-tuning, and "evaluate". `get_config("SCALE/RUN")` gives one
+  of them. Seeds and paths between runs are added here.
 
   Args:
     page: the config file.
@@ -98,7 +100,8 @@ def read_study(page: str, scale: str, overrides: Sequence[str], folder: pathlib.
     return arguments, command_line.parse_config(["study", *arguments])
 
   names = ("seeds", "teachers", "arms", "untrained", "baseline", "labels", "data_hint")
-  study = Study(f"{page}:{scale}", folder, **{name: plan[name] for name in names}, cells=())
+  named = {name: plan[name] for name in names}
+  study = Study(f"{page}:{scale}", folder, **named, shots=plan.runs[EVALUATE].eval.fewshot, cells=())
   cells = (_make_cell(read_run, folder, *cell) for cell in _cells(study, plan.runs))
   return dataclasses.replace(study, cells=tuple(cells))
 

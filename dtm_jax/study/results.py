@@ -12,8 +12,6 @@ from dtm_jax import workdir as workdirs
 from dtm_jax.study.plan import EVALUATE, TEACHER, TRAIN, Study
 from dtm_jax.study.runner import DONE_FILE
 
-# Columns of the table that come from task "evaluate", and the entries of its summary.
-FEATURES = {"k-NN": "knn_top1", "linear": "linear_top1", "few-shot": "fewshot_top1"}
 MISSING = "-"
 
 Values = Mapping[int, float]  # accuracy in [0, 1] by seed
@@ -41,8 +39,10 @@ def paired_differences(values: Values, baseline: Values) -> list[float]:
   return [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
 
 
-def columns(study: Study) -> list[str]:
-  return [*FEATURES, *study.labels]
+def feature_columns(study: Study) -> dict[str, str]:
+  """Columns of the table that come from task "evaluate", and the entries of its summary."""
+  shots = {f"{number}-shot": f"fewshot_{number}_top1" for number in study.shots}
+  return {"k-NN": "knn_top1", "linear": "linear_top1"} | shots
 
 
 def collect(study: Study) -> dict[str, Any]:
@@ -60,7 +60,11 @@ def collect(study: Study) -> dict[str, Any]:
 def _of_teacher(study: Study, teacher: str) -> dict[str, Any]:
   """Its own scores, where it was trained, and each arm's."""
   values = {
-    arm: {name: _values(study, folder, name) for name in columns(study)} for arm, folder in study.students(teacher)
+    arm: {
+      **{column: _values(study, folder, EVALUATE, entry) for column, entry in feature_columns(study).items()},
+      **{labels: _values(study, folder, labels, "top1") for labels in study.labels},
+    }
+    for arm, folder in study.students(teacher)
   }
   return {"itself": _teacher_scores(study, teacher), "arms": {arm: _of_arm(study, arm, values) for arm in values}}
 
@@ -75,8 +79,7 @@ def _of_arm(study: Study, arm: str, values: Mapping[str, Mapping[str, Values]]) 
   return entries
 
 
-def _values(study: Study, folder: str, column: str) -> Values:
-  readout, entry = (EVALUATE, FEATURES[column]) if column in FEATURES else (column, "top1")
+def _values(study: Study, folder: str, readout: str, entry: str) -> Values:
   summaries = {seed: _summary(study, f"{folder}/seed{seed}/{readout}") for seed in study.seeds}
   return {seed: summary[entry] for seed, summary in summaries.items() if summary and entry in summary}
 
@@ -85,7 +88,7 @@ def _teacher_scores(study: Study, teacher: str) -> dict[str, float]:
   """By column, and "top1" of a classifier."""
   features = _summary(study, f"{teacher}/{TEACHER}/{EVALUATE}") or {}
   trained = _summary(study, f"{teacher}/{TEACHER}/{TRAIN}") or {}
-  scores = {column: features[entry] for column, entry in FEATURES.items() if entry in features}
+  scores = {column: features[entry] for column, entry in feature_columns(study).items() if entry in features}
   return scores | ({"top1": trained["top1"]} if "top1" in trained else {})
 
 
