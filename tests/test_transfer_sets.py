@@ -1,0 +1,131 @@
+"""configs/transfer.py on miniatures of its data sets, under the real ones' features and labels."""
+
+import contextlib
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import miniatures
+import runs
+from configs import transfer
+from dtm_jax import config as config_lib
+from dtm_jax import finetuning, main
+from dtm_jax.data.pipeline import train_batches
+from dtm_jax.errors import InputError
+from dtm_jax.evaluate.accuracy import accuracies
+
+pytestmark = [
+  pytest.mark.usefixtures("compile_cache"),
+  pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),  # how ml_collections reads a config file
+]
+
+CLASSES = 10
+TRAIN, VALIDATION, TEST = [0, 9, 1, 8, 2, 7, 3, 6, 4, 5, 0, 1], [5, 4, 3], [3, 1, 4, 1, 5]
+# Where accuracy is reported, by the papers on each set.
+EVALUATED = {"inat2018": "validation", "inat2021": "val"}
+COMPILED = "flowers"  # the others' rates make other programs
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in transfer.SETS if name != COMPILED]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_the_command():
+  """The precision that the command sets: what it compiles is compiled once."""
+  with jax.default_matmul_precision("float32"):
+    yield
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("tfds")
+  for name, settings in transfer.SETS.items():
+    features = miniatures.with_classes(miniatures.real_features(settings["data.name"]), CLASSES)
+    splits = {"train": TRAIN, EVALUATED.get(name, "test"): TEST}
+    if name == "flowers":
+      splits["validation"] = VALIDATION
+    miniatures.write(folder, settings["data.name"], features, splits)
+  return folder
+
+
+def settings(name: str, data_dir, **changes) -> config_lib.Config:
+  config = transfer.get_config(f"{name},smoke")
+  config.data.update(source="tfds", path=str(data_dir))
+  config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+  return config_lib.resolve(config)
+
+
+@pytest.fixture(scope="module")
+def trained(data_dir):
+  """One compiled step and its state, for all sets."""
+  parts = finetuning.build(settings(COMPILED, data_dir))
+  return parts, parts.create_state()
+
+
+@pytest.mark.parametrize("name", transfer.SETS)
+def test_two_steps_and_an_evaluation_of_each_set(data_dir, trained, name):
+  config = settings(name, data_dir)
+  parts = finetuning.build(config)
+  expected = TRAIN + VALIDATION if name == "flowers" else TRAIN
+  assert [parts.train_source[i].label for i in range(len(parts.train_source))] == expected
+  assert [parts.eval_source[i].label for i in range(len(parts.eval_source))] == TEST
+  assert parts.model.num_classes == CLASSES
+  shared, state = trained
+  state = jax.tree.map(lambda x: x.copy(), state)  # a step takes its memory
+  with contextlib.closing(train_batches(config, parts.train_source, start_step=0)) as batches:
+    for _ in range(config.run.steps):
+      state, metrics = shared.train_step(state, parts.place(next(batches)))
+  assert np.isfinite(metrics["loss"])
+  top, labels = shared._classify(state.params, parts.eval_source, None, lambda: False)
+  assert labels.tolist() == TEST  # fewer than a batch, and each once
+  assert accuracies(top, labels)["top1"] == np.mean(top[:, 0] == TEST)
+
+
+@pytest.mark.parametrize("name", [COMPILED, *OTHERS])
+def test_the_command(data_dir, tmp_path, name):
+  words = [f"--config={runs.ROOT}/configs/transfer.py:{name},smoke", f"--workdir={tmp_path}"]
+  words += ["--config.data.source=tfds", f"--config.data.path={data_dir}"]
+  assert main.main(["dtm", *words]) == 0
+  summary, record = runs.summary(tmp_path), json.loads((tmp_path / "config.json").read_text())
+  assert (summary["steps"], summary["num_classes"]) == (2, CLASSES)
+  assert summary["top1"] * len(TEST) == pytest.approx(round(summary["top1"] * len(TEST)))
+  assert record["train_images"] == len(TRAIN) + len(VALIDATION) * (name == "flowers")
+
+
+def test_a_label_that_is_no_class_is_told(tmp_path):
+  """iNaturalist's test images, whose classes are secret, have the label -1."""
+  name = transfer.SETS["inat2018"]["data.name"]
+  features = miniatures.with_classes(miniatures.real_features(name), CLASSES)
+  miniatures.write(tmp_path, name, features, {"train": TRAIN, "validation": TEST, "test": [-1] * 8})
+  config = settings("inat2018", tmp_path, data__train_split="test")
+  parts = finetuning.build(config)
+  with (
+    contextlib.closing(train_batches(config, parts.train_source, start_step=0)) as batches,
+    pytest.raises(InputError, match=r"8 training labels outside 0\.\.9, such as -1"),
+  ):
+    parts.place(next(batches))
+
+
+PUBLISHED = {  # batch size, learning rate, epochs: see the config's sources
+  "inat2018": (768, 7.5e-5, 360),
+  "cifar10": (768, 7.5e-6, 1000),
+  "cifar100": (768, 5e-6, 1000),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes(name):
+  config = config_lib.resolve(transfer.get_config(name))
+  batch_size, rate, epochs = PUBLISHED[name]
+  assert (config.data.batch_size, config.peak_lr, config.run.epochs) == (batch_size, rate, epochs)
+  assert (config.optim.weight_decay, config.optim.warmup_epochs, config.optim.layer_decay) == (0.05, 5, 1)
+  assert config.optim.min_lr < rate
+  changes = config.finetune
+  assert (changes.mixup, changes.cutmix, changes.label_smoothing) == (0.8, 1.0, 0.1)
+  assert (config.data.rand_augment, config.model.drop_path) == ("m9-mstd0.5-inc1", 0.1)
+
+
+@pytest.mark.parametrize("form", ["", "smoke", "cub", "cub200 smoke"])
+def test_a_form_names_a_set(form):
+  with pytest.raises(InputError, match="is no data set; give --config=FILE:NAME, with one of inat2018, inat2021"):
+    transfer.get_config(form)
