@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from sklearn import datasets, neighbors
 
+import miniatures
 from dtm_jax.config import DataConfig
 from dtm_jax.data import sources
 from dtm_jax.errors import InputError
@@ -212,3 +213,72 @@ def test_every_source_travels_to_a_worker_process(tmp_path, digits_config):
   for config in (digits_config, folder_config(tmp_path), DataConfig(source="synthetic")):
     source = sources.open_source(config, "train")
     assert pickle.loads(pickle.dumps(source))[0] == source[0]
+
+
+# ------------------------------------------------------------ features of real data sets
+
+
+@pytest.fixture(scope="module")
+def miniature_dir(tmp_path_factory):
+  """Small copies of three TFDS data sets."""
+  folder = tmp_path_factory.mktemp("miniatures")
+  splits = {"train": [3, 1, 4], "validation": [1, 5], "test": [9, 2, 6, 5]}
+  for name in ("oxford_flowers102", "cifar100", "oxford_iiit_pet"):
+    miniatures.write(folder, name, miniatures.real_features(name), splits)
+  features = miniatures.real_features("imagenet2012_real")
+  miniatures.write(
+    folder, "imagenet2012_real", features, {"validation": [[7], [], [1, 999, 3]], "many": [[*range(65)]]}
+  )
+  return folder
+
+
+def labels_of(folder, name: str, split: str, **fields) -> list:
+  source = sources.open_source(DataConfig(name=name, path=str(folder), train_split=split, **fields), "train")
+  return [source[i].label for i in range(len(source))]
+
+
+@pytest.mark.parametrize(
+  ("split", "expected"),
+  [
+    ("train+validation", [3, 1, 4, 1, 5]),
+    ("validation + train[:1]", [1, 5, 3]),
+    ("train[1:]+test[:50%]", [1, 4, 9, 2]),
+  ],
+)
+def test_splits_together(miniature_dir, split, expected):
+  assert labels_of(miniature_dir, "oxford_flowers102", split) == expected
+
+
+@pytest.mark.parametrize("split", ["train+val", "train[:", "train+", "train[:nine]", "train]"])
+def test_splits_that_make_no_sense(miniature_dir, split):
+  with pytest.raises(InputError, match="oxford_flowers102 has no split") as caught:
+    labels_of(miniature_dir, "oxford_flowers102", split)
+  assert "\n" not in str(caught.value)
+
+
+def test_labels_under_another_name(miniature_dir):
+  config = DataConfig(name="cifar100", path=str(miniature_dir), label="coarse_label")
+  source = sources.open_source(config, "train")
+  assert (source.num_classes, source.label_shape) == (20, ())
+  assert [source[i].label for i in range(3)] == [0, 1, 2]
+  assert labels_of(miniature_dir, "cifar100", "train") == [3, 1, 4]
+  assert labels_of(miniature_dir, "cifar100", "train", label="none") == [sources.NO_LABEL] * 3
+  with pytest.raises(InputError, match="config.data.label='id' is no class but Text; name the feature that is"):
+    labels_of(miniature_dir, "cifar100", "train", label="id")
+
+
+def test_images_of_several_classes(miniature_dir):
+  config = DataConfig(name="imagenet2012_real", path=str(miniature_dir), label="real_label")
+  source = pickle.loads(pickle.dumps(sources.open_source(config, "eval")))
+  assert (source.num_classes, source.label_shape) == (1000, (sources.MAX_LABELS,))
+  labels = np.stack([source[i].label for i in range(3)])
+  assert (labels.shape, labels.dtype) == ((3, sources.MAX_LABELS), np.int32)
+  assert [row[row != sources.NO_LABEL].tolist() for row in labels] == [[7], [], [1, 999, 3]]
+  with pytest.raises(InputError, match=r"imagenet2012_real/many\[0\] is of 65 classes, and no more than 64 are read"):
+    labels_of(miniature_dir, "imagenet2012_real", "many", label="real_label")
+
+
+def test_a_mask_beside_the_image_is_not_decoded(miniature_dir):
+  source = sources.open_source(DataConfig(name="oxford_iiit_pet", path=str(miniature_dir)), "train")
+  assert isinstance(source._records[0]["segmentation_mask"], bytes)
+  assert pixels_of(source[0]).shape == (20, 24, 3)
