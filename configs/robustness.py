@@ -25,7 +25,7 @@ With this code: not run. Hardware and hours: not run.
 from ml_collections import ConfigDict
 
 from dtm_jax import config as config_lib
-from dtm_jax.evaluate.accuracy import CORRUPTED_SETS
+from dtm_jax.evaluate.corruptions import CORRUPTED_SETS
 
 SETS = {
   "imagenet_v2": {"data.name": "imagenet_v2/matched-frequency"},

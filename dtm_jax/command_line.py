@@ -48,7 +48,9 @@ def _parse(argv: list[str], values: flags.FlagValues) -> tuple[ConfigDict, str]:
   except InputError:
     raise
   except flags.Error as error:
-    raise InputError(f"{error}; mend that option, --help shows the usage") from error
+    # Of a config file's own error ml_collections makes the last line of a traceback.
+    told = str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__qualname__}: ")
+    raise InputError(f"{told}; mend that option, --help shows the usage") from error
   except Exception as error:  # a config file is Python: anything can go wrong in it
     given = " ".join(word for word in argv if word.startswith("--config")) or "the default config"
     raise InputError(f"cannot load {given} ({_reason(error)}); mend the file or option") from error

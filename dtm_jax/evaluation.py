@@ -20,7 +20,8 @@ from dtm_jax.data.sources import NO_LABEL, Source, open_source
 from dtm_jax.data.transforms import RESAMPLER
 from dtm_jax.errors import InputError, StoppedError
 from dtm_jax.evaluate import linear_probe
-from dtm_jax.evaluate.accuracy import accuracies, has_label, mean_corruption_error, read_labels
+from dtm_jax.evaluate.accuracy import accuracies, has_label, read_labels
+from dtm_jax.evaluate.corruptions import mean_corruption_error
 from dtm_jax.evaluate.features import FeatureExtractor, Features, check_labels
 from dtm_jax.evaluate.knn import knn_accuracy
 from dtm_jax.evaluate.steps import make_feature_fn, make_top_classes_fn

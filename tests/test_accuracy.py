@@ -3,6 +3,8 @@
 import functools
 import json
 import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -16,7 +18,8 @@ from dtm_jax.augment import normalize
 from dtm_jax.config import DataConfig
 from dtm_jax.convert import load_torch, save_torch
 from dtm_jax.data.transforms import eval_image
-from dtm_jax.evaluate.accuracy import ALEXNET_ERRORS, CORRUPTED_SETS, accuracies, mean_corruption_error
+from dtm_jax.evaluate.accuracy import accuracies
+from dtm_jax.evaluate.corruptions import ALEXNET_ERRORS, CORRUPTED_SETS, mean_corruption_error
 from dtm_jax.models.vit import Classifier
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -190,6 +193,12 @@ def test_several_classes_of_one_image():
   top = np.array([[3, 1, 0, 2, 4], [0, 1, 2, 3, 4], [4, 3, 2, 1, 0]])
   assert accuracies(top, np.array([[3, 9, -1], [8, 4, 7], [-1, -1, -1]])) == {"top1": 0.5, "top5": 1.0}
   assert accuracies(top, np.array([3, 4, 4])) == {"top1": 2 / 3, "top5": 1.0}
+
+
+def test_a_config_file_is_read_without_jax():
+  """What is wrong with an option is told at once."""
+  program = "import runpy, sys; runpy.run_path('configs/robustness.py'); assert 'jax' not in sys.modules"
+  subprocess.run([sys.executable, "-c", program], check=True, cwd=runs.ROOT)
 
 
 # ------------------------------------------------------------ bad input

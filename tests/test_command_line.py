@@ -46,3 +46,13 @@ def test_a_command_with_options_of_its_own_has_no_work_folder():
   assert command_line.parse_config(["record", "--config.run.steps=3"]).run.steps == 3
   with pytest.raises(InputError, match="Unknown command line flag 'workdir'"):
     command_line.parse_config(["record", "--workdir=x"])
+
+
+@pytest.mark.parametrize(
+  ("config", "message"),
+  [("vitb.py:huge", "config.form='huge' is not one of"), ("transfer.py", "form '' of the config is no data set; give")],
+)
+def test_a_form_that_does_not_exist_is_one_line(config, message):
+  with pytest.raises(InputError) as caught:
+    parse(f"--config=configs/{config}")
+  assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
