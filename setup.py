@@ -25,6 +25,7 @@ setup(
     "chex",
     # SIMD resampling, where there is a wheel; Pillow serves elsewhere, several times slower.
     'cykooz-resizer>=4; platform_machine == "x86_64" or sys_platform == "darwin"',
+    "flatbuffers",  # jax.export writes and reads files with it, and jax does not ask for it
     "flax>=0.12",
     "grain>=0.2.18",
     "huggingface_hub",

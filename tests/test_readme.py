@@ -20,7 +20,6 @@ BLOCKS = re.findall(r"(<!-- ci: \w+ -->\n)?```(\w*)\n(.*?)```", README, flags=re
 SHELL_LINES = [
   line for marker, language, text in BLOCKS if language == "sh" and not marker for line in text.splitlines() if line
 ]
-_WRITTEN = ("student.pth", "hf", "finetune.pth", "trace.npz", "compare", "evaluate")
 PYTHON = [text for _, language, text in BLOCKS if language == "python"]
 
 
@@ -59,8 +58,9 @@ def stand_ins(tmp_path_factory):
       header = struct.pack(f">{1 + array.ndim}i", magic, *array.shape)
       (idx / f"{split}-{name}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
   folders = {"IMAGES": str(images), "/usr/share/datasets/fashion-mnist": str(idx), "data": str(data)}
-  written = {f"runs/{name}": str(runs / name) for name in _WRITTEN}
-  there = {"runs/quickstart": "runs/smoke", "beit.pth": str(ROOT / "tests/golden/student_tiny.pth")}
+  named = re.findall(r"runs/[\w.]+", " ".join(SHELL_LINES))
+  written = {name: str(runs / pathlib.Path(name).name) for name in named}
+  there = {"runs/quickstart": written["runs/short"], "beit.pth": str(ROOT / "tests/golden/student_tiny.pth")}
   return folders | written | there
 
 
@@ -70,13 +70,14 @@ def in_small(arguments: list[str], stand_ins: dict[str, str], workdir: pathlib.P
   is_small = any(":smoke" in argument or "evaluate.py" in argument for argument in arguments)
   if "dtm_jax.main" not in arguments or is_small:
     return arguments
+  unnamed = [] if any("--workdir=" in argument for argument in arguments) else [f"--workdir={workdir}"]
   if not any("--config=" in argument for argument in arguments):
-    return [*arguments, f"--workdir={workdir}"]
+    return [*arguments, *unnamed]
   arguments = [f"{a}:smoke" if a.startswith("--config=") else a for a in arguments]
   if not any("data.source" in argument for argument in arguments):
     is_named = any("data.path" in argument for argument in arguments)
     arguments.insert(3, f"--config.data.source={'tfds' if is_named else 'synthetic'}")
-  return [*arguments, "--config.eval.knn_k=5", f"--workdir={workdir}"]
+  return [*arguments, "--config.eval.knn_k=5", *unnamed]
 
 
 @pytest.mark.slow

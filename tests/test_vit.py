@@ -148,7 +148,7 @@ def test_masked_patches_do_not_reach_the_output(params):
 def test_stochastic_depth_drops_whole_branches_of_images_at_the_asked_rate(params):
   student = ViT(**TINY, drop_path=0.6)
   keys = jax.random.split(jax.random.key(0), 20_000)
-  scales = np.asarray(ViT._branch_scales(student, keys))
+  scales = np.asarray(ViT.branch_scales(student, keys))
   assert scales.shape == (3, 2, 20_000)
   for layer, rate in enumerate((0, 0.3, 0.6)):
     np.testing.assert_allclose((scales[layer] == 0).mean(-1), rate, atol=0.02)
