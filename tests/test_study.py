@@ -17,6 +17,7 @@ from dtm_jax import config as config_lib
 from dtm_jax.errors import InputError
 from dtm_jax.optim import warmup_cosine
 from dtm_jax.study import pictures, results, runner
+from dtm_jax.study.__main__ import main
 from dtm_jax.study.plan import Study, read_study
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -107,6 +108,22 @@ def test_other_pages_and_scales_are_refused():
     read_study("configs/quickstart.py", "smoke", [], pathlib.Path("STUDY"))
   with pytest.raises(InputError, match=r"config.data.paht does not exist"):
     read_study(SHIPPED, "ci", ["--config.data.paht=DATA"], pathlib.Path("STUDY"))
+
+
+@pytest.mark.parametrize(
+  ("option", "message"),
+  [
+    ("--jobs=0", "argument --jobs: '0' is not a number of runs; --help shows the usage"),
+    ("--scale=huge", "cannot load --config=configs/study_fashion_mnist.py:huge (KeyError: huge)"),
+    ("--paht=data", "Unknown command line flag 'paht'"),
+    ("--config.data.path=MISSING", "python -m dtm_jax.data.prepare /usr/share/datasets/fashion-mnist"),
+  ],
+)
+def test_wrong_usage_and_missing_data_are_told_in_one_line(tmp_path, capsys, option, message):
+  assert main(["study", "--scale=ci", f"--workdir={tmp_path}/study", option]) == 2
+  stderr = capsys.readouterr().err
+  assert message in stderr and stderr.count("\n") == 1
+  assert not (tmp_path / "study").exists()
 
 
 def test_processes_share_the_gpus():
@@ -219,28 +236,48 @@ def test_a_failing_cell_is_named_and_the_others_go_on(page, tmp_path, compile_ca
   assert figures == {"loss.png", "accuracy.png", "tokens_hog.png"}
 
 
+def finish_well(process: subprocess.Popen) -> str:
+  code, stderr = runs.finish(process)
+  assert code == 0, stderr
+  return stderr
+
+
 @pytest.mark.slow
-def test_stopped_it_saves_and_the_same_command_goes_on(page, tmp_path, compile_cache):
+def test_stopped_or_killed_the_same_command_goes_on(page, tmp_path, compile_cache):
   page.write_text(PAGE.replace('arms=("broken", "token-wise")', 'arms=("token-wise",)'))
-  workdir = tmp_path / "study" / "hog/token-wise/seed0/train"
-  long = ("--config.run.steps=4000", "--config.eval.knn=False", "--config.eval.figure_images=0")
-  process = start(page, tmp_path / "study", compile_cache, *long, "--config.run.log_every_steps=1")
-  runs.wait_until(lambda: (workdir / "metrics.jsonl").exists(), process)
-  with pytest.raises(InputError, match="a study is at work in"), runner.locked(tmp_path / "study"):
+  folder = tmp_path / "study"
+  workdir = folder / "hog/token-wise/seed0/train"
+  settings = {"run.steps": 4000, "run.log_every_steps": 1, "eval.figure_images": 0}
+  long = [f"--config.{name}={value}" for name, value in settings.items()]
+  start_study = functools.partial(start, page, folder, compile_cache, *long)
+
+  process = start_study()
+  runs.wait_until((workdir / "metrics.jsonl").exists, process)
+  with pytest.raises(InputError, match="a study is at work in"), runner.locked(folder):
     pass
   process.send_signal(signal.SIGTERM)
   code, stderr = runs.finish(process)
-  assert code == 143, stderr
+  assert code == 143 and "hog/token-wise/seed0/train: stopped" in stderr, stderr
   [step] = runs.checkpoints(workdir)
   assert 0 < step < 4000
-  with runner.locked(tmp_path / "study"):  # nobody is left in it
+  with runner.locked(folder):  # nobody is left in it
     pass
-  code, stderr = runs.finish(start(page, tmp_path / "study", compile_cache, *long, f"--config.run.steps={step + 2}"))
-  assert code == 0, stderr
-  assert f"resuming at step {step} of {step + 2}" in (workdir / "log.txt").read_text()
-  logs = {path: path.read_text() for path in (tmp_path / "study").rglob("log.txt")}
-  code, stderr = runs.finish(start(page, tmp_path / "study", compile_cache, *long, f"--config.run.steps={step + 2}"))
-  assert code == 0 and "2 of 2 cells are complete already" in stderr
+
+  process = start_study()
+  runs.wait_until(lambda: f"resuming at step {step}" in (workdir / "log.txt").read_text(), process)
+  [child] = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+  process.kill()
+  runs.finish(process)
+  with pytest.raises(InputError, match="a study is at work in"), runner.locked(folder):  # its cell lives on
+    pass
+  os.kill(int(child), signal.SIGKILL)
+
+  end = f"--config.run.steps={step + 2}"
+  finish_well(start_study(end))
+  assert runs.summary(workdir)["steps"] == step + 2
+  logs = {path: path.read_text() for path in folder.rglob("log.txt")}
+  assert len(logs) == 2
+  assert "2 of 2 cells are complete already" in finish_well(start_study(end))
   assert {path: path.read_text() for path in logs} == logs
 
 

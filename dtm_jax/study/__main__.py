@@ -34,10 +34,10 @@ def main(argv: list[str]) -> int:
     options, overrides = _parser().parse_known_args(argv[1:])
     folder = options.workdir or pathlib.Path(f"runs/study_{options.scale}")
     study = read_study(options.config, options.scale, overrides, folder)
-    console.log_plainly()
     _check_data(study)
+    console.log_plainly()
     return _run(study, options.jobs)
-  except InputError as error:
+  except (InputError, OSError) as error:
     return console.fail(error, EXIT_INPUT)
 
 
@@ -53,9 +53,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-  if (number := int(text)) < 1:
-    raise ValueError
-  return number
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of runs")
+  return int(text)
 
 
 def _check_data(study: Study) -> None:
@@ -73,7 +73,7 @@ def _run(study: Study, jobs: int | None) -> int:
   with locked(study.folder) as lock, noted_signals() as stop:
     runner = Runner(study.folder, find_slots(jobs), lock, stop)
     logging.info("%s: %d cells in %s, %d at a time", study.title, len(study.cells), *(study.folder, len(runner.slots)))
-    runner.run(study.cells, on_done=lambda: _report(study))
+    runner.run(study.cells, on_end=lambda: _report(study))
     table = _report(study)
   if runner.failed:
     logging.info("%d cells failed or need one that did; the same command tries them again", len(runner.failed))

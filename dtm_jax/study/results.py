@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dtm_jax import workdir as workdirs
+from dtm_jax.files import replacing
 from dtm_jax.study.plan import EVALUATE, TEACHER, TRAIN, Study
 from dtm_jax.study.runner import DONE_FILE
 
@@ -147,6 +148,6 @@ def write(study: Study) -> pathlib.Path:
   results = collect(study)
   workdirs.write_json(study.folder / "results.json", results)
   path = study.folder / "results.md"
-  with workdirs.replacing(path, workdirs.RUN_AGAIN) as unfinished:
+  with replacing(path, workdirs.RUN_AGAIN) as unfinished:
     unfinished.write_text(markdown(results))
   return path

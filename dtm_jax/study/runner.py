@@ -92,8 +92,8 @@ class Runner:
   done: set[str] = dataclasses.field(default_factory=set)
   failed: set[str] = dataclasses.field(default_factory=set)
 
-  def run(self, cells: Sequence[Cell], on_done: Callable[[], None]) -> None:
-    """Runs all that are not complete; `on_done` is called after each that has become so. What fails is told."""
+  def run(self, cells: Sequence[Cell], on_end: Callable[[], None]) -> None:
+    """Runs all that are not complete; `on_end` is called after each. What fails is told."""
     self.done |= {cell.name for cell in cells if is_done(self.folder, cell)}
     if self.done:
       logging.info("%d of %d cells are complete already", len(self.done), len(cells))
@@ -108,7 +108,7 @@ class Runner:
           running.remove(ended)
           free.append(ended.slot)
           self._note(ended, f"{len(self.done) + 1}/{len(cells)}")
-          on_done()
+          on_end()
         if self.stop.wait(_POLL_SECONDS) and running:
           self._end(running)
     finally:
