@@ -35,4 +35,6 @@ def get_config(form: str = "") -> ConfigDict:
   config.eval.fewshot = (1, 5, 10)  # images per class
   config.eval.fewshot_seeds = 5
 
+  config.eval.classify = False  # True adds the accuracy of a classifier's own head
+
   return config_lib.with_form(config, form)

@@ -83,13 +83,22 @@ def test_two_steps_and_an_evaluation_of_each_set(data_dir, trained, name):
 
 @pytest.mark.parametrize("name", [COMPILED, *OTHERS])
 def test_the_command(data_dir, tmp_path, name):
-  words = [f"--config={runs.ROOT}/configs/transfer.py:{name},smoke", f"--workdir={tmp_path}"]
+  words = [f"--config={runs.ROOT}/configs/transfer.py:{name},smoke", f"--workdir={tmp_path / 'run'}"]
   words += ["--config.data.source=tfds", f"--config.data.path={data_dir}"]
   assert main.main(["dtm", *words]) == 0
-  summary, record = runs.summary(tmp_path), json.loads((tmp_path / "config.json").read_text())
+  summary, record = runs.summary(tmp_path / "run"), json.loads((tmp_path / "run" / "config.json").read_text())
   assert (summary["steps"], summary["num_classes"]) == (2, CLASSES)
   assert summary["top1"] * len(TEST) == pytest.approx(round(summary["top1"] * len(TEST)))
   assert record["train_images"] == len(TRAIN) + len(VALIDATION) * (name == "flowers")
+  # Its own data again, of which the features are worth something too.
+  words = [f"--config={runs.ROOT}/configs/evaluate.py", f"--config.eval.checkpoint={tmp_path / 'run'}"]
+  words += ["--config.eval.classify=True", "--config.eval.knn_k=3", "--config.eval.linear=False"]
+  words += ["--config.eval.fewshot=()", f"--workdir={tmp_path / 'evaluated'}"]
+  assert main.main(["dtm", *words]) == 0
+  evaluated = runs.summary(tmp_path / "evaluated")
+  assert [evaluated[score] for score in ("top1", "top5")] == [summary[score] for score in ("top1", "top5")]
+  assert (evaluated["train_images"], evaluated["test_images"]) == (record["train_images"], len(TEST))
+  assert 0 <= evaluated["knn_top1"] <= 1
 
 
 def test_a_label_that_is_no_class_is_told(tmp_path):
