@@ -8,6 +8,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from PIL import Image
@@ -18,7 +19,7 @@ from dtm_jax.errors import InputError
 from dtm_jax.optim import warmup_cosine
 from dtm_jax.study import pictures, results, runner
 from dtm_jax.study.__main__ import main
-from dtm_jax.study.plan import Study, read_study
+from dtm_jax.study.plan import Cell, Study, read_study
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHIPPED = "configs/study_fashion_mnist.py"
@@ -281,11 +282,28 @@ def test_stopped_or_killed_the_same_command_goes_on(page, tmp_path, compile_cach
   assert {path: path.read_text() for path in logs} == logs
 
 
+def mark_done(folder: pathlib.Path, cell: Cell) -> None:
+  (folder / cell.name).mkdir(parents=True, exist_ok=True)
+  (folder / cell.name / runner.DONE_FILE).write_text(json.dumps(config_lib.to_json(cell.config)))
+
+
 def test_a_cell_of_other_settings_is_not_complete(tmp_path):
   cell = shipped("ci", tmp_path).cells[0]
   assert not runner.is_done(tmp_path, cell)
-  (tmp_path / cell.name).mkdir(parents=True)
-  (tmp_path / cell.name / runner.DONE_FILE).write_text(json.dumps(config_lib.to_json(cell.config)))
+  mark_done(tmp_path, cell)
   assert runner.is_done(tmp_path, cell)
   longer = dataclasses.replace(cell.config, run=dataclasses.replace(cell.config.run, steps=10**6))
   assert not runner.is_done(tmp_path, dataclasses.replace(cell, config=longer))
+
+
+def test_what_begins_from_an_incomplete_cell_is_not_complete(tmp_path):
+  teacher, _, student, *_ = cells = shipped("ci", tmp_path).cells
+  stop = threading.Event()
+  stop.set()  # before any cell is started
+  found = []
+  for cell in (student, teacher):
+    mark_done(tmp_path, cell)
+    run = runner.Runner(tmp_path, [{}], 0, stop)
+    run.run(cells, on_end=lambda: None)
+    found.append(run.done)
+  assert found == [set(), {teacher.name, student.name}]

@@ -94,7 +94,9 @@ class Runner:
 
   def run(self, cells: Sequence[Cell], on_end: Callable[[], None]) -> None:
     """Runs all that are not complete; `on_end` is called after each. What fails is told."""
-    self.done |= {cell.name for cell in cells if is_done(self.folder, cell)}
+    for cell in cells:  # what follows from an incomplete cell is not complete either
+      if is_done(self.folder, cell) and (not cell.needs or cell.needs in self.done):
+        self.done.add(cell.name)
     if self.done:
       logging.info("%d of %d cells are complete already", len(self.done), len(cells))
     waiting, free, running = [cell for cell in cells if cell.name not in self.done], [*self.slots], []
