@@ -94,7 +94,13 @@ SCALES = {
     test_images=500,
   ),
   "cpu": CPU,
-  "cpu-49": CPU._replace(teachers=("hog-student", "2000-labels"), patch_size=4, steps=1000, curve_points=4),
+  "cpu-49": CPU._replace(
+    teachers=("hog-student", "2000-labels"),
+    labels={"600-labels": 200, "all-labels": 600},
+    patch_size=4,
+    steps=1000,
+    curve_points=4,
+  ),
   "gpu": Scale(
     seeds=(0, 1, 2),
     teachers=("raw-hog", "hog-student", "2000-labels"),
