@@ -1,6 +1,7 @@
 """Task "evaluate" with a classifier: its own classes, on miniatures of configs/robustness.py's data sets."""
 
 import functools
+import io
 import json
 import pathlib
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import miniatures
 import runs
@@ -159,6 +161,11 @@ def test_one_set_after_another(tmp_path, classifier, ranked):
     *([f"{name}/top1", f"{name}/top5"] for name in CORRUPTED),
     ["step", "top1"],
   ]
+
+
+def test_an_image_that_is_a_crop_is_taken_whole():
+  image = miniatures.picture(0, (224, 224))
+  np.testing.assert_array_equal(eval_image(image, size=224, crop=1.0), np.asarray(Image.open(io.BytesIO(image))))
 
 
 @pytest.mark.slow
