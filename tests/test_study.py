@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -230,6 +231,7 @@ def test_a_failing_cell_is_named_and_the_others_go_on(page, tmp_path, compile_ca
   assert "hog/broken/seed0/evaluate: left out, hog/broken/seed0/train failed" in stderr
   assert runs.summary(folder / "token-wise/seed0/train")["steps"] == 2
   evaluated = runs.summary(folder / "token-wise/seed0/evaluate")
+  assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in stderr.splitlines())  # told once, and plainly
   table = (tmp_path / "study" / "results.md").read_text()
   assert f"| token-wise | {100 * evaluated['knn_top1']:.1f} | - | {100 * evaluated['fewshot_1_top1']:.1f} |" in table
   assert "| broken | - | - | - |" in table

@@ -34,8 +34,8 @@ def main(argv: list[str]) -> int:
     options, overrides = _parser().parse_known_args(argv[1:])
     folder = options.workdir or pathlib.Path(f"runs/study_{options.scale}")
     study = read_study(options.config, options.scale, overrides, folder)
-    _check_data(study)
     console.log_plainly()
+    _check_data(study)
     return _run(study, options.jobs)
   except (InputError, OSError) as error:
     return console.fail(error, EXIT_INPUT)
