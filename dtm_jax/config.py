@@ -333,6 +333,8 @@ class EvalConfig:
   figure_images: int = 4  # rows of figures/morphing.png; 0 draws none
   # Of task "evaluate" only.
   checkpoint: str = ""  # a work folder, a weights file, or a Hugging Face model folder
+  best: bool = False  # the best checkpoint of a fine-tuning run, not the newest
+  averaged: bool = False  # the moving average of a fine-tuning run's weights
   linear: bool = True  # linear probe
   linear_solver: str = "lbfgs"  # "sgd" and "lars" sweep learning rates
   linear_epochs: int = 90  # of "sgd" and "lars"

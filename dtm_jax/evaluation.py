@@ -91,7 +91,9 @@ def read_checkpoint(config: Config) -> Checkpoint:
   """
   if not config.eval.checkpoint:
     raise InputError("give config.eval.checkpoint: the work folder of a run, or a weights file")
-  return open_checkpoint(config.eval.checkpoint, dtype=config.model.dtype, attention=config.model.attention)
+  settings, model = config.eval, config.model
+  choice = {"best": settings.best, "averaged": settings.averaged}
+  return open_checkpoint(settings.checkpoint, **choice, dtype=model.dtype, attention=model.attention)
 
 
 def with_data_of(checkpoint: Checkpoint, config: Config) -> Config:

@@ -19,12 +19,11 @@ from PIL import Image
 
 from dtm_jax import sharding
 from dtm_jax.augment import normalize
-from dtm_jax.checkpoint import BEST_FOLDER
 from dtm_jax.config import ATTENTIONS, DTYPES, DataConfig, MeshConfig
 from dtm_jax.data.transforms import UnreadableImageError, eval_image
 from dtm_jax.errors import InputError
 from dtm_jax.files import replacing
-from dtm_jax.restore import Checkpoint, open_checkpoint, restore_run
+from dtm_jax.restore import Checkpoint, open_checkpoint
 from dtm_jax.teachers import CLIP_MEAN, CLIP_STD
 
 CHECKPOINTS = ("last", "best")
@@ -59,7 +58,6 @@ class Model:
 
   Attributes:
     checkpoint: what it is and where it is from.
-    params: its parameters, numpy: the checkpoint's, or their average.
     mean, std: by which images are normalised, of RGB in [0, 1].
     crop: see `preprocess`; that of the run's evaluations.
     batch_size: images per call of the compiled program, a multiple of the devices.
@@ -67,7 +65,6 @@ class Model:
   """
 
   checkpoint: Checkpoint
-  params: Any
   mean: tuple[float, float, float]
   std: tuple[float, float, float]
   crop: float
@@ -125,8 +122,9 @@ class Model:
       raise InputError("attention='cudnn' runs on GPUs alone and cannot be exported; load the model with 'matmul'")
     (batch,) = jax.export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((batch, self.image_size, self.image_size, 3), np.uint8)
+    program = jax.jit(functools.partial(function, self.checkpoint.params))
     with jax.default_matmul_precision("float32"):
-      return jax.export.export(jax.jit(functools.partial(function, self.params)), platforms=PLATFORMS)(images)
+      return jax.export.export(program, platforms=PLATFORMS)(images)
 
   def _function(self, what: str) -> Callable[[Any, jax.Array], Any]:
     """`(params, images uint8 [b, S, S, 3]) -> outputs`."""
@@ -157,7 +155,7 @@ class Model:
 
   @functools.cached_property
   def _placed_params(self) -> Any:
-    return jax.device_put(self.params, sharding.replicated(self.mesh))
+    return jax.device_put(self.checkpoint.params, sharding.replicated(self.mesh))
 
 
 def _features(module: nn.Module, params: Any, images: jax.Array) -> dict[str, jax.Array]:
@@ -201,16 +199,12 @@ def load(
     InputError: it is not there, no model, or without such a checkpoint or average; or an option is wrong.
   """
   _check_options(checkpoint, dtype, attention, batch_size)
-  path = pathlib.Path(path).expanduser()
-  found = open_checkpoint(path) if checkpoint == "last" else _restore_best(path)
-  if averaged and found.averaged is None:
-    raise InputError(f"{path} keeps no average of its weights (config.optim.ema_decay); load it with averaged=False")
-  fields = {"attention": attention} | ({} if dtype is None else {"dtype": np.dtype(dtype)})
-  found = dataclasses.replace(found, model=found.model.clone(**fields))
+  found = open_checkpoint(path, best=checkpoint == "best", averaged=averaged, attention=attention)
+  if dtype is not None:
+    found = dataclasses.replace(found, model=found.model.clone(dtype=np.dtype(dtype)))
   mesh, data = sharding.create_mesh(MeshConfig()), _data_of(found)
   model = Model(
     found,
-    found.averaged if averaged else found.params,
     _checked_colors("mean", data.mean if mean is None else mean),
     _checked_colors("std", data.std if std is None else std),
     data.eval_crop,
@@ -240,12 +234,6 @@ def _checked_colors(name: str, values: tuple[float, float, float]) -> tuple[floa
   if len(values) != 3 or (name == "std" and min(values) <= 0):
     raise InputError(f"{name}={values} must be three {'positive ' if name == 'std' else ''}numbers: red, green, blue")
   return values
-
-
-def _restore_best(path: pathlib.Path) -> Checkpoint:
-  if not (path / BEST_FOLDER).is_dir():
-    raise InputError(f"{path} keeps no best checkpoint, as fine-tuning runs do; load it with checkpoint='last'")
-  return restore_run(path, BEST_FOLDER)
 
 
 def _data_of(checkpoint: Checkpoint) -> DataConfig:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +12,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from dtm_jax.checkpoint import BEST_FOLDER, CheckpointStore
 from dtm_jax.checkpoint import FOLDER as CHECKPOINT_FOLDER
-from dtm_jax.checkpoint import CheckpointStore
 from dtm_jax.config import Config, DataConfig, from_json
 from dtm_jax.convert import read_weights
 from dtm_jax.errors import InputError
@@ -71,25 +72,37 @@ class Checkpoint:
     return down * self.model.patch_size
 
 
-def open_checkpoint(path: str | pathlib.Path, *, dtype: str = "float32", **fields) -> Checkpoint:
-  """Reads the newest checkpoint of a work folder, or weights.
+def open_checkpoint(
+  path: str | os.PathLike, *, best: bool = False, averaged: bool = False, dtype: str = "float32", **fields
+) -> Checkpoint:
+  """Reads a checkpoint of a work folder, or weights.
 
   Args:
     path: a work folder, a weights file, or a Hugging Face model folder.
+    best: the best checkpoint of a fine-tuning run, not the newest.
+    averaged: `params` are the moving average of the weights that a fine-tuning run keeps.
     dtype: of matrix products, for weights; a run keeps its own.
     **fields: further fields of the module, such as `attention`.
 
   Raises:
-    InputError: it is not there, or no model.
+    InputError: it is not there, no model, or without such a checkpoint or average.
   """
   path = pathlib.Path(path).expanduser()
   if not path.exists():
     raise InputError(f"{path} does not exist; name the work folder of a run, or a weights file")
+  if best and not (path / BEST_FOLDER).is_dir():
+    raise InputError(f"{path} keeps no best checkpoint, as fine-tuning runs do; take its last one")
   if (path / CHECKPOINT_FOLDER).is_dir():
-    run = restore_run(path)
-    return dataclasses.replace(run, model=run.model.clone(**fields))
-  kind, sizes, params, _ = read_weights(path)
-  return Checkpoint(path, kind, 0, _MODULES[kind](**sizes, dtype=np.dtype(dtype), **fields), params, None, None)
+    found = restore_run(path, BEST_FOLDER if best else CHECKPOINT_FOLDER)
+    found = dataclasses.replace(found, model=found.model.clone(**fields))
+  else:
+    kind, sizes, params, _ = read_weights(path)
+    found = Checkpoint(path, kind, 0, _MODULES[kind](**sizes, dtype=np.dtype(dtype), **fields), params, None, None)
+  if not averaged:
+    return found
+  if found.averaged is None:
+    raise InputError(f"{path} keeps no average of its weights (config.optim.ema_decay); take the weights themselves")
+  return dataclasses.replace(found, params=found.averaged)
 
 
 def restore_run(workdir: pathlib.Path, folder: str = CHECKPOINT_FOLDER) -> Checkpoint:

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 import runs
-from configs import finetune_quickstart, quickstart
+from configs import evaluate, finetune_quickstart, quickstart
 from dtm_jax import config as config_lib
-from dtm_jax import convert, finetuning, pretraining, restore, sharding
+from dtm_jax import convert, evaluation, finetuning, pretraining, restore, sharding
 from dtm_jax.augment import normalize
 from dtm_jax.convert.transfer import resize_tables, to_classifier, with_new_head
 from dtm_jax.data.sources import open_source
@@ -139,6 +139,17 @@ def test_accuracy_is_the_same_on_one_device(finetuned):
   alone = dataclasses.replace(parts, mesh=jax.sharding.Mesh(devices, parts.mesh.axis_names))
   state = jax.device_put(parts.create_state(), sharding.replicated(alone.mesh))
   assert alone.evaluate(state, lambda: False) == parts.evaluate(parts.create_state(), lambda: False)
+
+
+@pytest.mark.parametrize(("choice", "step"), [({}, NUM_STEPS), ({"averaged": True}, NUM_STEPS), ({"best": True}, None)])
+def test_task_evaluate_finds_the_same_accuracy(finetuned, tmp_path, choice, step):
+  config = evaluate.get_config()
+  config.eval.update(checkpoint=str(finetuned), classify=True, knn=False, linear=False, fewshot=(), **choice)
+  config.eval.update(batch_size=TEST_BATCH, max_test_images=NUM_TEST)
+  assert evaluation.run(config_lib.resolve(config), tmp_path, "test", lambda: False)
+  step = step or runs.summary(finetuned)["best_step"]
+  logged = next(row for row in runs.rows(finetuned) if row["step"] == step and "top1" in row)
+  assert runs.summary(tmp_path)["top1"] == logged["ema_top1" if "averaged" in choice else "top1"]
 
 
 def test_top_5_needs_more_classes_than_five():

@@ -193,7 +193,7 @@ def models(finetuned) -> dict[tuple[str, bool], inference.Model]:
 def test_last_best_and_averaged_are_weights_of_their_own(models, name, averaged):
   model, step = models[name, averaged], 2 if name == "last" else 1
   assert model.checkpoint.step == step
-  assert jax.tree.all(jax.tree.map(np.array_equal, model.params, random_weights(averaged, step)))
+  assert jax.tree.all(jax.tree.map(np.array_equal, model.checkpoint.params, random_weights(averaged, step)))
 
 
 def test_a_run_brings_its_settings(models):
@@ -211,7 +211,7 @@ def test_a_run_brings_its_settings(models):
 def test_pooled_features_are_those_that_evaluation_uses(models):
   model = models["last", False]
   config, pixels = run_config(), some_images()[:, :RUN_SIZE, :RUN_SIZE]
-  expected = jax.jit(make_feature_fn(config, model.checkpoint.model))(model.params, pixels)
+  expected = jax.jit(make_feature_fn(config, model.checkpoint.model))(model.checkpoint.params, pixels)
   np.testing.assert_allclose(model.features(pixels).pooled, expected, rtol=0, atol=8e-7)  # measured 9e-8
 
 
@@ -495,8 +495,8 @@ def test_an_image_that_cannot_be_read_is_named(image, message):
   ("options", "message"),
   [
     ({"checkpoint": "first"}, "checkpoint='first' is not one of last, best"),
-    ({"checkpoint": "best"}, "student_tiny.pth keeps no best checkpoint, as fine-tuning runs do; load it with check"),
-    ({"averaged": True}, "student_tiny.pth keeps no average of its weights .config.optim.ema_decay.; load it with"),
+    ({"checkpoint": "best"}, "student_tiny.pth keeps no best checkpoint, as fine-tuning runs do; take its last one"),
+    ({"averaged": True}, "student_tiny.pth keeps no average of its weights .config.optim.ema_decay.; take the weights"),
     ({"dtype": "float16"}, "dtype='float16' is not one of None, float32, bfloat16"),
     ({"attention": "flash"}, "attention='flash' is not one of matmul, xla, cudnn"),
     ({"attention": "cudnn"}, "attention='cudnn' needs a GPU; choose 'xla' or 'matmul'"),
