@@ -361,7 +361,7 @@ def test_disk_full_while_saving(two_steps, compile_cache):
   (workdir / "summary.json").unlink()
   shutil.rmtree(workdir / "checkpoints" / "2")
   before = restore.restore_run(workdir).params
-  limited = ("bash", "-c", 'ulimit -f 800; exec "$@"', "-")  # KiB; the state takes more, the rest less
+  limited = ("bash", "-c", 'ulimit -f 100; exec "$@"', "-")  # KiB; the largest parameters take more, the rest less
   code, stderr = runs.finish(runs.start(runs.options(workdir), compile_cache, devices=8, prefix=limited))
   assert code == 2, stderr
   message = told(stderr)
