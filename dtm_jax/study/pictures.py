@@ -24,22 +24,21 @@ Panels = Mapping[str, Mapping[str, Sequence[Curve]]]  # by teacher and arm, of i
 def draw(study: Study) -> None:
   """Writes what can be drawn of the cells that have run so far. Raises InputError where a file cannot be written."""
   folder = study.folder / "figures"
-  losses = _curves(study, "token_loss")
-  if any(losses.values()):
+  if losses := _curves(study, "token_loss"):
     curves_figure(folder / "loss.png", losses, "token-wise distance to the teacher", window=_SMOOTHED_STEPS)
-  accuracies = _curves(study, "knn_top1")
-  if any(accuracies.values()):
+  if accuracies := _curves(study, "knn_top1"):
     curves_figure(folder / "accuracy.png", accuracies, "k-NN accuracy, %", window=1, scale=100)
   for teacher in study.teachers:
     _copy_token_groups(study, teacher, folder / f"tokens_{teacher}.png")
 
 
 def _curves(study: Study, name: str) -> Panels:
+  """Of the teachers and arms that have any."""
   panels = {}
   for teacher in study.teachers:
     of_arms = {arm: _of_seeds(study, f"{teacher}/{arm}", name) for arm in study.arms}
     panels[teacher] = {arm: curves for arm, curves in of_arms.items() if curves}
-  return panels
+  return {teacher: arms for teacher, arms in panels.items() if arms}
 
 
 def _of_seeds(study: Study, student: str, name: str) -> list[Curve]:
@@ -83,8 +82,7 @@ def curves_figure(path: str | os.PathLike, panels: Panels, ylabel: str, *, windo
     for arm, curves in arms.items():
       _draw_mean(panel, [(steps, scale * np.asarray(values)) for steps, values in curves], arm, window)
     panel.set(title=f"teacher: {teacher}", xlabel="step", ylabel=ylabel)
-    if arms:
-      panel.legend(frameon=False, fontsize=9)
+    panel.legend(frameon=False, fontsize=9)
     plain_axes(panel)
   save_figure(figure, path)
 
