@@ -7,7 +7,7 @@ with scikit-learn), resample them to 224 px with the bicubic filter and mirror
 the same half of them. Fine-tuning's crops are smaller on average, and RandAugment
 distorts them, by the same operations on both sides. Plain Pillow decodes the
 whole image, converts, crops, resizes, mirrors, and has all geometry of
-RandAugment bicubic (here: see dtm_jax/data/rand_augment.py). All alternate in
+RandAugment bicubic (here: but for translations). All alternate in
 one process on one core. The target is a ratio of 1.5 at 500 x 375.
 """
 

@@ -3,9 +3,10 @@
   python -m dtm_jax.main --config=configs/finetune_vitb.py --config.finetune.init=runs/vitb
 
 `init` is the work folder of a pre-training run, or a `.pth` of the released code or BEiT; "" starts from scratch.
-At 384 pixels, from the result at 224 (bias tables are resized), for 30 epochs:
+At 384 pixels, from the result at 224 (bias tables are resized), with a schedule of ours:
 
-  --config.finetune.init=runs/finetune_vitb --config.data.image_size=384 --config.run.epochs=30
+  --config.finetune.init=runs/finetune_vitb --config.data.image_size=384 --config.data.eval_crop=1.0
+  --config.run.epochs=30 --config.optim.warmup_epochs=1 --config.optim.base_lr=1e-4
 
 Source: the recipe of "Morphing Tokens Draw Strong Masked Image Models" (arXiv 2401.00254): layer-wise decay of the
 learning rate, RandAugment, random erasing, mixup and CutMix, label smoothing, stochastic depth. The average of the

@@ -14,6 +14,11 @@ FOLDER = "checkpoints"
 BEST_FOLDER = "best"  # with the highest score so far
 
 
+def saved_steps(workdir: pathlib.Path, folder: str = FOLDER) -> list[int]:
+  """Steps of which a work folder has whole checkpoints, ascending."""
+  return sorted(int(path.name) for path in (workdir / folder).glob("*") if path.name.isdigit())
+
+
 class CheckpointStore:
   """The checkpoints of one work folder; `keep` of them stay, and None opens the store to read only.
 

@@ -603,7 +603,7 @@ _FREE_SETTINGS = (
 )
 _FREE_SETTINGS_OF = {
   "pretrain": (*_FREE_SETTINGS, "teacher.weights", "eval.", "finetune."),
-  "finetune": (*_FREE_SETTINGS, "teacher.", "morphing.", "eval."),
+  "finetune": (*_FREE_SETTINGS, "finetune.init", "teacher.", "morphing.", "eval."),
   # The checkpoint's parameters are checked; how they came to be does not matter.
   "evaluate": (
     *(*_FREE_SETTINGS, "teacher.", "morphing.", "finetune.", "optim."),

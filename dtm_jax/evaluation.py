@@ -26,7 +26,7 @@ from dtm_jax.evaluate.features import FeatureExtractor, Features, check_labels
 from dtm_jax.evaluate.knn import knn_accuracy
 from dtm_jax.evaluate.steps import make_feature_fn, make_top_classes_fn
 from dtm_jax.files import replacing
-from dtm_jax.restore import Checkpoint, open_checkpoint
+from dtm_jax.restore import Checkpoint, data_settings, open_checkpoint
 from dtm_jax.workdir import CONFIG_FILE, RUN_AGAIN, SUMMARY_FILE, write_json
 
 
@@ -100,7 +100,7 @@ def with_data_of(checkpoint: Checkpoint, config: Config) -> Config:
   """The settings of the evaluation: the run's, where there is one, but for what the evaluation sets.
 
   Of the data, what `config.data` sets to something else than its default goes before the run's. Where it names another
-  source, only the normalisation is the run's. The image size is always what the model is for.
+  source, only the normalisation is the run's (or, of weights, `data_settings`'). The image size is always the model's.
 
   Raises:
     InputError: a weights file and no source, or a model for other than square images.
@@ -110,10 +110,10 @@ def with_data_of(checkpoint: Checkpoint, config: Config) -> Config:
     raise InputError(
       f"{checkpoint.path} does not say on what data it was trained; name some: config.data.source=tfds, folder, ..."
     )
-  if run is not None:
-    inherited = {f.name for f in dataclasses.fields(data)} if data.source == OF_CHECKPOINT else {"mean", "std"}
-    unset = {f.name for f in dataclasses.fields(data) if getattr(data, f.name) == f.default} | {"source"}
-    data = dataclasses.replace(data, **{name: getattr(run.data, name) for name in inherited & unset})
+  fields, own = dataclasses.fields(data), data_settings(checkpoint)
+  inherited = {f.name for f in fields} if data.source == OF_CHECKPOINT else {"mean", "std"}
+  unset = {f.name for f in fields if getattr(data, f.name) == f.default} | {"source"}
+  data = dataclasses.replace(data, **{name: getattr(own, name) for name in inherited & unset})
   data = dataclasses.replace(data, image_size=checkpoint.image_size)
   whole = run or config
   run_settings = dataclasses.replace(whole.run, seed=config.run.seed)

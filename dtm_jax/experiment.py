@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from dtm_jax import loop, metrics, sharding
 from dtm_jax import workdir as workdirs
-from dtm_jax.checkpoint import BEST_FOLDER, CheckpointStore
+from dtm_jax.checkpoint import BEST_FOLDER, CheckpointStore, saved_steps
 from dtm_jax.config import Config, to_json
 from dtm_jax.data.pipeline import BadImageMonitor, Batch, eval_batches, train_batches
 from dtm_jax.data.sources import Source, open_source
@@ -30,6 +30,8 @@ from dtm_jax.train_state import TrainState, create_train_state, params_sha256
 from dtm_jax.workdir import CONFIG_FILE, SUMMARY_FILE, read_json, write_json
 
 StopRequested = Callable[[], bool]
+
+_INIT_SHA256 = "init_sha256"  # entry of the record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +166,6 @@ def run(
     loop.NonFiniteError: the loss was not finite.
   """
   start = time.perf_counter()
-  workdirs.create(workdir)
   record = workdirs.read_record(workdir, config)
   if record is not None and _is_complete(workdir, config.total_steps(record["train_images"])):
     logging.info("%s is complete; its results are in %s", workdir, workdir / SUMMARY_FILE)
@@ -174,13 +175,15 @@ def run(
   if record is not None:
     inputs = (*parts.recorded_inputs, "train_images", "resampler")
     workdirs.check_same_inputs(workdir, record, new_record, inputs)
+  begun = None if saved_steps(workdir) else _begin(parts, workdir, record)
+  workdirs.create(workdir)
   with contextlib.ExitStack() as stack:
     opened = lambda resource: stack.enter_context(contextlib.closing(resource))  # noqa: E731
     store = opened(CheckpointStore(workdir, keep=config.run.keep_checkpoints))
     best = opened(CheckpointStore(workdir, keep=1, folder=BEST_FOLDER)) if parts.keeps_best else None
     session = _Session(parts, store, best, opened(metrics.MetricWriter(workdir)), stop_requested)
-    state, init_sha256 = session.restore_or_begin(record)
-    write_json(workdir / CONFIG_FILE, new_record | {"init_sha256": init_sha256})
+    state, init_sha256 = begun or session.restore(record)
+    write_json(workdir / CONFIG_FILE, new_record | {_INIT_SHA256: init_sha256})
     state = session.train(state)
     if not session.finish(state):
       logging.info("stopped and saved at step %d; the same command goes on from there", state.step)
@@ -190,6 +193,22 @@ def run(
   write_json(workdir / SUMMARY_FILE, summary)
   _log_summary(workdir, summary)
   return True
+
+
+def _begin(parts: Parts, workdir: pathlib.Path, record: dict[str, Any] | None) -> tuple[TrainState, str]:
+  """The state before the first step, and the SHA-256 of the weights that it comes from."""
+  batch_size, devices = parts.config.data.batch_size, (jax.device_count(), jax.default_backend())
+  logging.info("%s for %d steps of %d images on %d %s device(s)", parts.title, parts.total_steps, batch_size, *devices)
+  state, init_sha256 = parts.begin()
+  if record is not None:  # the run has logged something, though it was killed before its first checkpoint
+    old, new = {_INIT_SHA256: _init_sha256(record)}, {_INIT_SHA256: init_sha256}
+    workdirs.check_same_inputs(workdir, old, new, (_INIT_SHA256,))
+  return state, init_sha256
+
+
+def _init_sha256(record: dict[str, Any] | None) -> str:
+  """Runs that are older than this entry began with no weights."""
+  return record[_INIT_SHA256] if record and _INIT_SHA256 in record else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,21 +221,15 @@ class _Session:
   writer: metrics.MetricWriter
   stop_requested: StopRequested
 
-  def restore_or_begin(self, record: dict[str, Any] | None) -> tuple[TrainState, str]:
-    """The newest state, and the SHA-256 of what the run's parameters came from."""
+  def restore(self, record: dict[str, Any] | None) -> tuple[TrainState, str]:
+    """The newest state, and the SHA-256 of the weights that the run began with."""
     parts, step = self.parts, self.store.latest_step()
-    if step is None:
-      batch_size, devices = parts.config.data.batch_size, (jax.device_count(), jax.default_backend())
-      logging.info(
-        "%s for %d steps of %d images on %d %s device(s)", parts.title, parts.total_steps, batch_size, *devices
-      )
-      return parts.begin()
     if step > parts.total_steps:
       raise InputError(
         f"the checkpoint is at step {step}, beyond the run's end at {parts.total_steps}; raise config.run.steps"
       )
     logging.info("resuming at step %d of %d", step, parts.total_steps)
-    return self.store.restore(step, parts.abstract_state()), record["init_sha256"]
+    return self.store.restore(step, parts.abstract_state()), _init_sha256(record)
 
   def train(self, state: TrainState) -> TrainState:
     """Trains to the end, or until asked to stop; returns when all is saved."""
@@ -266,6 +279,7 @@ class _Session:
       logging.info("step %d: %s", step, told)
     if self.best is not None and writer.best(parts.scores, until=step).step == step:
       self.best.save(state)
+      self.best.wait()  # a run that goes on after this step would not save it again
 
   def finish(self, state: TrainState) -> bool:
     """Evaluates the trained model; False where the run was stopped before its end."""

@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 
 from dtm_jax import experiment, figures, loop, metrics, sharding
@@ -72,19 +73,21 @@ class Parts(experiment.Parts):
 
   @functools.cached_property
   def _classify(self) -> FeatureExtractor:
-    return FeatureExtractor(self.config, self.mesh, make_top_classes_fn(self.config, self.model))
+    top_classes = make_top_classes_fn(self.config, self.model)
+    # Both weights on each batch: images are read and decoded once.
+    both = lambda weights, images: jnp.stack([top_classes(params, images) for params in weights], axis=1)  # noqa: E731
+    return FeatureExtractor(self.config, self.mesh, both)
 
   def evaluate(self, state: TrainState, stop_requested: experiment.StopRequested) -> dict[str, float]:
     """Top-1 and top-5 accuracy of the weights, and of their average where one is kept."""
     weights = {"": state.params}
     if self.config.optim.ema_decay is not None:
       weights[_AVERAGED] = averaged_params(state.opt_state)
-    values = {}
-    for prefix, params in weights.items():
-      found = self._classify(params, self.eval_source, self.config.eval.max_test_images, stop_requested, "evaluation")
-      check_labels("evaluation", found.labels, self.model.num_classes)
-      values |= {prefix + name: value for name, value in accuracies(*found).items()}
-    return values
+    limit = self.config.eval.max_test_images
+    found = self._classify([*weights.values()], self.eval_source, limit, stop_requested, "evaluation")
+    check_labels("evaluation", found.labels, self.model.num_classes)
+    scores = {prefix: accuracies(found.features[:, i], found.labels) for i, prefix in enumerate(weights)}
+    return {prefix + name: value for prefix, values in scores.items() for name, value in values.items()}
 
   def draw(self, workdir: pathlib.Path, writer: metrics.MetricWriter) -> None:
     """Loss and accuracy."""

@@ -19,12 +19,11 @@ from PIL import Image
 
 from dtm_jax import sharding
 from dtm_jax.augment import normalize
-from dtm_jax.config import ATTENTIONS, DTYPES, DataConfig, MeshConfig
+from dtm_jax.config import ATTENTIONS, DTYPES, MeshConfig
 from dtm_jax.data.transforms import UnreadableImageError, eval_image
 from dtm_jax.errors import InputError
 from dtm_jax.files import replacing
-from dtm_jax.restore import Checkpoint, open_checkpoint
-from dtm_jax.teachers import CLIP_MEAN, CLIP_STD
+from dtm_jax.restore import Checkpoint, data_settings, open_checkpoint
 
 CHECKPOINTS = ("last", "best")
 PLATFORMS = ("cpu", "cuda", "tpu")  # that an exported file runs on
@@ -202,7 +201,7 @@ def load(
   found = open_checkpoint(path, best=checkpoint == "best", averaged=averaged, attention=attention)
   if dtype is not None:
     found = dataclasses.replace(found, model=found.model.clone(dtype=np.dtype(dtype)))
-  mesh, data = sharding.create_mesh(MeshConfig()), _data_of(found)
+  mesh, data = sharding.create_mesh(MeshConfig()), data_settings(found)
   model = Model(
     found,
     _checked_colors("mean", data.mean if mean is None else mean),
@@ -234,13 +233,6 @@ def _checked_colors(name: str, values: tuple[float, float, float]) -> tuple[floa
   if len(values) != 3 or (name == "std" and min(values) <= 0):
     raise InputError(f"{name}={values} must be three {'positive ' if name == 'std' else ''}numbers: red, green, blue")
   return values
-
-
-def _data_of(checkpoint: Checkpoint) -> DataConfig:
-  """How it is shown images: its run's settings, or the defaults, which are ImageNet's."""
-  if checkpoint.config is not None:
-    return checkpoint.config.data
-  return DataConfig(mean=CLIP_MEAN, std=CLIP_STD) if checkpoint.kind == "clip_vision" else DataConfig()
 
 
 # ------------------------------------------------------------ exported files

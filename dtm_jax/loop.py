@@ -65,7 +65,8 @@ class Loop:
     metrics = None
     with _progress_bar(start, self.num_steps) as bar:
       for step in range(start, self.num_steps):
-        if self.stop_requested() or not self._evaluated(state, step, timer):
+        due = step % self.evaluate_every == 0
+        if self.stop_requested() or (due and not self._evaluated(state, timer, unchecked)):
           break
         with timer.waiting():
           batch = next(batches)
@@ -86,10 +87,9 @@ class Loop:
     self._save(state, unchecked)
     return state
 
-  def _evaluated(self, state: TrainState, step: int, timer: "_Timer") -> bool:
-    """Evaluates where that is due; False where it was asked to stop."""
-    if step % self.evaluate_every:
-      return True
+  def _evaluated(self, state: TrainState, timer: "_Timer", unchecked: collections.deque) -> bool:
+    """Evaluates the state; False where it was asked to stop."""
+    _check_finite(state, unchecked)
     try:
       with timer.apart():
         self.evaluate(state)

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from dtm_jax.checkpoint import BEST_FOLDER, CheckpointStore
+from dtm_jax.checkpoint import BEST_FOLDER, CheckpointStore, saved_steps
 from dtm_jax.checkpoint import FOLDER as CHECKPOINT_FOLDER
 from dtm_jax.config import Config, DataConfig, from_json
 from dtm_jax.convert import read_weights
@@ -21,6 +21,7 @@ from dtm_jax.models.clip import ClipVision
 from dtm_jax.models.vit import Classifier, ViT
 from dtm_jax.networks import create_classifier, create_student, init_params
 from dtm_jax.optim import averaged_params, create_optimizer
+from dtm_jax.teachers import CLIP_MEAN, CLIP_STD
 from dtm_jax.train_state import TrainState, create_train_state, params_sha256
 from dtm_jax.workdir import CONFIG_FILE, read_json
 
@@ -90,6 +91,8 @@ def open_checkpoint(
   path = pathlib.Path(path).expanduser()
   if not path.exists():
     raise InputError(f"{path} does not exist; name the work folder of a run, or a weights file")
+  if path.name in (CHECKPOINT_FOLDER, BEST_FOLDER) and (path.parent / CONFIG_FILE).exists():
+    raise InputError(f"{path} is part of a run; name its work folder, {path.parent}")
   if best and not (path / BEST_FOLDER).is_dir():
     raise InputError(f"{path} keeps no best checkpoint, as fine-tuning runs do; take its last one")
   if (path / CHECKPOINT_FOLDER).is_dir():
@@ -105,6 +108,13 @@ def open_checkpoint(
   return dataclasses.replace(found, params=found.averaged)
 
 
+def data_settings(checkpoint: Checkpoint) -> DataConfig:
+  """How a model is shown images: as in its run; of weights, by the defaults, with CLIP's own mean and std for CLIP."""
+  if checkpoint.config is not None:
+    return checkpoint.config.data
+  return DataConfig(mean=CLIP_MEAN, std=CLIP_STD) if checkpoint.kind == "clip_vision" else DataConfig()
+
+
 def restore_run(workdir: pathlib.Path, folder: str = CHECKPOINT_FOLDER) -> Checkpoint:
   """Reads the newest checkpoint of a work folder, whatever devices it was saved on.
 
@@ -112,17 +122,17 @@ def restore_run(workdir: pathlib.Path, folder: str = CHECKPOINT_FOLDER) -> Check
     InputError: the folder is not that of a run, its record is damaged, or it has no checkpoint.
   """
   record = read_json(workdir / CONFIG_FILE)
-  steps = [path.name for path in (workdir / folder).glob("*") if path.name.isdigit()]
-  if record is None or not steps:
+  if record is None or not saved_steps(workdir, folder):
     raise InputError(f"{workdir} holds no checkpoint of a run; name its work folder, or a weights file")
   config = from_json(record) if isinstance(record, dict) else None
   kind, width_name, create = _MODELS_OF_RUNS[config.task] if config and config.task in _MODELS_OF_RUNS else (None,) * 3
-  if kind is None or not isinstance(record.get(width_name), int):
+  if kind is None or not isinstance(record.get(width_name), int) or record[width_name] < 1:
     raise InputError(f"{workdir / CONFIG_FILE} is not the record of a training run; name another work folder")
   model = create(config, record[width_name])
   optimizer = create_optimizer(config.optim, lambda step: 0.0)
+  anywhere = model.clone(attention="matmul")  # cuDNN's needs its GPU, if only for shapes
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  like = abstract_state(lambda: create_train_state(init_params(config, model), optimizer), here)
+  like = abstract_state(lambda: create_train_state(init_params(config, anywhere), optimizer), here)
   with contextlib.closing(CheckpointStore(workdir, folder=folder)) as store:
     state = jax.tree.map(np.asarray, store.restore(store.latest_step(), like))
   averaged = None if config.optim.ema_decay is None else averaged_params(state.opt_state)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import itertools
+import json
 import logging
+import shutil
 
 import jax
 import numpy as np
@@ -66,6 +68,7 @@ def test_a_run_leaves_its_accuracy_pictures_and_checkpoints(finetuned):
   evaluated = [row for row in runs.rows(finetuned) if "top1" in row]
   assert [row["step"] for row in evaluated] == [2, 4, 5]
   assert all({"top1", "top5", "ema_top1", "ema_top5"} <= row.keys() for row in evaluated)
+  assert summary["best_is_ema"] is False or summary["best_top1"] > max(row["top1"] for row in evaluated)
   assert {name: summary[name] for name in ("top1", "ema_top5")} == {n: evaluated[-1][n] for n in ("top1", "ema_top5")}
   assert (summary["num_classes"], summary["steps"]) == (8, NUM_STEPS)
   assert runs.checkpoints(finetuned)[-1] == NUM_STEPS
@@ -98,8 +101,8 @@ def test_resume_equals_an_uninterrupted_run(pretrained, finetuned, tmp_path, sto
 
 
 def test_a_stop_inside_an_evaluation_makes_it_again(pretrained, finetuned, tmp_path):
-  """Asked before two steps and two batches of the first evaluation, then between the weights and their average."""
-  assert not run(tmp_path, pretrained, stop_after=2 + 1 + 2)
+  """Asked before three steps, before the first of two batches, and before the second."""
+  assert not run(tmp_path, pretrained, stop_after=3 + 1)
   assert [row["step"] for row in runs.rows(tmp_path) if "top1" in row] == []
   assert run(tmp_path, pretrained)
   assert runs.rows(tmp_path) == runs.rows(finetuned)
@@ -110,8 +113,25 @@ def test_the_weights_it_began_with_may_be_gone(finetuned, pretrained, tmp_path):
   copy.symlink_to(pretrained)
   assert not run(tmp_path / "run", copy, stop_after=3)
   copy.unlink()
-  assert run(tmp_path / "run", copy)
+  assert run(tmp_path / "run", tmp_path / "elsewhere")
   assert runs.summary(tmp_path / "run")["params_sha256"] == runs.summary(finetuned)["params_sha256"]
+
+
+def test_other_weights_to_begin_with_are_refused_before_the_first_checkpoint_too(pretrained, tmp_path):
+  """A run that was killed there has logged losses of what it began with."""
+  assert not run(tmp_path, pretrained, stop_after=0)
+  shutil.rmtree(tmp_path / "checkpoints")
+  with pytest.raises(InputError, match="was begun with init_sha256="):
+    run(tmp_path, "")
+
+
+def test_a_record_without_the_weights_it_began_with_is_of_none(tmp_path):
+  """Records before fine-tuning had no such entry."""
+  assert not run(tmp_path, stop_after=1)
+  record = json.loads((tmp_path / "config.json").read_text())
+  del record["init_sha256"]
+  (tmp_path / "config.json").write_text(json.dumps(record))
+  assert run(tmp_path, stop_after=10)
 
 
 # ------------------------------------------------------------ accuracy
@@ -219,7 +239,7 @@ def test_from_scratch_differs_by_seed():
 def test_another_backbone_is_refused_before_anything_is_written(pretrained, tmp_path):
   with pytest.raises(InputError, match=r"width 96, and config\.model asks for 384; set config\.model\.variant"):
     run(tmp_path / "run", pretrained, model__variant="S")
-  assert not (tmp_path / "run" / "config.json").exists()
+  assert not (tmp_path / "run").exists()
 
 
 def test_clip_is_refused():

@@ -99,6 +99,22 @@ def test_enhancements_are_blends_with_what_lacks_it(name, anchor, strength, fact
 ANGLE = math.radians(30 * 0.9)
 
 
+def cubic(pixels: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+  """Pixels [H, W, 3] between their centres by the cubic kernel of Keys (1981), a = -1 as in Pillow; edges repeated."""
+
+  def weights(distance):
+    d = np.abs(distance)
+    return np.where(d < 1, d**3 - 2 * d**2 + 1, np.where(d < 2, -(d**3) + 5 * d**2 - 8 * d + 4, 0))
+
+  row, column = np.floor(y).astype(int), np.floor(x).astype(int)
+  total = np.zeros((*y.shape, 3))
+  for i in range(-1, 3):
+    for j in range(-1, 3):
+      rows, columns = (row + i).clip(0, len(pixels) - 1), (column + j).clip(0, pixels.shape[1] - 1)
+      total += (weights(y - row - i) * weights(x - column - j))[..., None] * pixels[rows, columns]
+  return total.clip(0, 255)
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize(
   ("name", "matrix", "center"),
@@ -108,7 +124,7 @@ ANGLE = math.radians(30 * 0.9)
     ("ShearY", [[1, 0], [0.27, 1]], (0, 0)),
   ],
 )
-def test_turns_and_shears_are_bilinear(name, matrix, center, sign):
+def test_turns_and_shears_are_bicubic(name, matrix, center, sign):
   """`matrix` takes (x, y) from the centre in the result to the place in the image, at the strength of 0.9."""
   pixels = make_pixels()
   result = apply(name, 0.9 * sign, pixels)
@@ -118,9 +134,7 @@ def test_turns_and_shears_are_bilinear(name, matrix, center, sign):
   covered = (source_x >= 0) & (source_x < 24) & (source_y >= 0) & (source_y < 16)
   assert 0.05 < 1 - covered.mean() < 0.4
   places = np.array([source_y - 0.5, source_x - 0.5])
-  channels = np.moveaxis(pixels.astype(float), -1, 0)
-  expected = np.stack([ndimage.map_coordinates(channel, places, order=1, mode="nearest") for channel in channels], -1)
-  assert np.abs(result - expected)[covered].max() <= 1  # grey levels: it rounds down
+  assert np.abs(result - cubic(pixels, *places))[covered].max() < 1  # grey levels: it rounds down
   np.testing.assert_array_equal(result[~covered], np.broadcast_to(FILL, result.shape)[~covered])
 
 

@@ -118,5 +118,5 @@ def check_labels(name: str, labels: np.ndarray, num_classes: int) -> None:
   if len(outside):
     raise InputError(
       f"{len(outside)} {name} labels outside 0..{num_classes - 1}, such as {outside[0]}; mend them, or where images"
-      " have no class, set config.eval.knn=False (and config.eval.linear=False, fewshot=())"
+      " have no class, ask for nothing that needs one (config.eval.knn=False, linear=False, fewshot=(), ...)"
     )
