@@ -14,7 +14,7 @@ step. The teachers leave room above themselves: none has seen all labels, and th
 
 Scales:
 
-  ci      49 tokens, few steps: to see that everything runs. 14 runs, two minutes on two CPU cores
+  ci      49 tokens, few steps: to see that everything runs. 14 runs, three minutes on two CPU cores
   cpu     196 tokens as in the paper, raw HOG. 36 runs, about an hour on two CPU cores
   cpu-49  49 tokens, two trained teachers. 64 runs, about an hour on two CPU cores
   gpu     196 tokens, all arms and teachers, ViT-S in bfloat16. Not run
