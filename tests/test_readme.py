@@ -73,7 +73,7 @@ def in_small(arguments: list[str], stand_ins: dict[str, str], workdir: pathlib.P
   unnamed = [] if any("--workdir=" in argument for argument in arguments) else [f"--workdir={workdir}"]
   if not any("--config=" in argument for argument in arguments):
     return [*arguments, *unnamed]
-  arguments = [f"{a}:smoke" if a.startswith("--config=") else a for a in arguments]
+  arguments = [f"{a}{',' if ':' in a else ':'}smoke" if a.startswith("--config=") else a for a in arguments]
   if not any("data.source" in argument for argument in arguments):
     is_named = any("data.path" in argument for argument in arguments)
     arguments.insert(3, f"--config.data.source={'tfds' if is_named else 'synthetic'}")
