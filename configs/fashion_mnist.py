@@ -24,6 +24,8 @@ def get_config(form: str = "") -> ConfigDict:
   config.data.image_size = 28
   config.data.num_workers = 2
   config.data.crop_scale = (0.5, 1.0)
+  config.data.flip = 0.0  # all shoes point to the left
+  config.data.eval_crop = 1.0  # the things fill their images
   config.data.color_jitter = 0.0  # grey images
 
   config.model.variant = "tiny"
