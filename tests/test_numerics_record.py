@@ -91,6 +91,7 @@ def test_a_recorded_fine_tuning_is_repeated(capsys, tmp_path):
     "optim.accumulate_steps": 2,
     "optim.base_lr": 0.005,
     "optim.clip_norm": 1.0,
+    "optim.layer_decay": 0.65,
     "optim.warmup_epochs": 0.0,
   }
   words = [f"--config.{name}={value}" for name, value in settings.items()]
