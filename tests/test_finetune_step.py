@@ -82,6 +82,7 @@ def run_steps(config: config_lib.Config, num_devices: int = 1):
   return state, losses
 
 
+@pytest.mark.slow
 def test_micro_batches_on_eight_devices_equal_the_big_batch_on_one():
   changes = {"data__batch_size": 16, "model__drop_path": 0.5, "optim__ema_decay": 0.9}
   whole, losses = run_steps(make_config(**changes))
