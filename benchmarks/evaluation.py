@@ -56,7 +56,9 @@ def compare_knn(rounds: int) -> dict[str, Any]:
     top1["here"] = knn_accuracy(*train, *test, **options)
 
   def scikit_learn(_):
-    weights = lambda distances: np.exp((1 - distances) / temperature)  # noqa: E731
+    def weights(distances):
+      return np.exp((1 - distances) / temperature)
+
     classifier = KNeighborsClassifier(k, weights=weights, metric="cosine", algorithm="brute")
     top1["scikit-learn"] = classifier.fit(*train).score(*test)
 

@@ -178,7 +178,10 @@ def run(
   begun = None if saved_steps(workdir) else _begin(parts, workdir, record)
   workdirs.create(workdir)
   with contextlib.ExitStack() as stack:
-    opened = lambda resource: stack.enter_context(contextlib.closing(resource))  # noqa: E731
+
+    def opened(resource):
+      return stack.enter_context(contextlib.closing(resource))
+
     store = opened(CheckpointStore(workdir, keep=config.run.keep_checkpoints))
     best = opened(CheckpointStore(workdir, keep=1, folder=BEST_FOLDER)) if parts.keeps_best else None
     session = _Session(parts, store, best, opened(metrics.MetricWriter(workdir)), stop_requested)

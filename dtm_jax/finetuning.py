@@ -74,9 +74,12 @@ class Parts(experiment.Parts):
   @functools.cached_property
   def _classify(self) -> FeatureExtractor:
     top_classes = make_top_classes_fn(self.config, self.model)
-    # Both weights on each batch: images are read and decoded once.
-    both = lambda weights, images: jnp.stack([top_classes(params, images) for params in weights], axis=1)  # noqa: E731
-    return FeatureExtractor(self.config, self.mesh, both)
+
+    # All weights on each batch: images are read and decoded once.
+    def by_weights(weights, images):
+      return jnp.stack([top_classes(params, images) for params in weights], axis=1)
+
+    return FeatureExtractor(self.config, self.mesh, by_weights)
 
   def evaluate(self, state: TrainState, stop_requested: experiment.StopRequested) -> dict[str, float]:
     """Top-1 and top-5 accuracy of the weights, and of their average where one is kept."""

@@ -125,7 +125,10 @@ def test_only_the_classes_of_the_set(tmp_path, classifier, ranked, name):
 
 def test_several_labels_and_none(tmp_path, classifier, ranked):
   order = ranked(pictures())
-  at = lambda image, *ranks: [int(order[image][rank]) for rank in ranks]  # noqa: E731
+
+  def at(image, *ranks):
+    return [int(order[image][rank]) for rank in ranks]
+
   labels = [at(0, 500, 0), at(1, 600), [], at(3, 4, 9, 800), at(4, 0), at(5, *range(5, 40)), at(6, 0, 1)]
   labels += [[], at(8, 3), at(9, 900, 800, 1), at(10, 5), [], at(12, 0)]
   miniatures.write(tmp_path, "imagenet2012_real", miniatures.real_features("imagenet2012_real"), {"validation": labels})

@@ -23,7 +23,10 @@ def digits() -> tuple[Features, Features]:
   """Noisy digits, 601 to train (not a multiple of the devices) and 400 to test, standardised."""
   pixels, labels = load_digits(return_X_y=True)
   pixels = pixels + np.random.default_rng(0).normal(0, 5, pixels.shape)
-  split = lambda rows: Features(pixels[rows].astype(np.float32), labels[rows].astype(np.int32))  # noqa: E731
+
+  def split(rows):
+    return Features(pixels[rows].astype(np.float32), labels[rows].astype(np.int32))
+
   train, test = split(slice(601)), split(slice(601, 1001))
   standardize = linear_probe.standardizer(train.features)
   return standardize(train), standardize(test)

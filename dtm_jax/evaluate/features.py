@@ -67,7 +67,10 @@ class FeatureExtractor:
     """
     batch_size, split = self.config.eval.batch_size, sharding.batch_sharding(self.mesh)
     params = jax.device_put(params, sharding.replicated(self.mesh))
-    feature_fn = lambda images: self._jitted(params, sharding.to_global(images, split))  # noqa: E731
+
+    def feature_fn(images):
+      return self._jitted(params, sharding.to_global(images, split))
+
     with contextlib.closing(eval_batches(self.config, source, batch_size, limit=limit)) as batches:
       monitor = BadImageMonitor(source, self.config.data.max_bad_fraction)
       total = len(source) if limit is None else min(limit, len(source))

@@ -120,7 +120,10 @@ def _xla_step(case: Pretraining, inputs: Inputs) -> tuple[Callable, Any]:
   student, teacher, teacher_params = case.model, case.parts.teacher, case.parts.teacher_params
   if not case.teacher_is_live:
     teacher, teacher_params = GivenTokens(teacher.out_dim), case.teacher_fn(inputs.unit_images)
-  schedule = lambda step: jnp.float32(config.peak_lr)  # noqa: E731
+
+  def schedule(step):
+    return jnp.float32(config.peak_lr)
+
   optimizer = optax.chain(_remember_gradients(), create_optimizer(config.optim, schedule))
   draws = jnp.asarray(inputs.merges), jnp.asarray(inputs.iterations)
   step = make_train_step(config, student, teacher, optimizer, schedule, lambda step: draws)
@@ -166,7 +169,10 @@ def _stages(prefix: str, stream: Sequence[jax.Array], tokens: jax.Array) -> dict
 def run_torch(case: Pretraining, inputs: Inputs, setting: Setting) -> Outcome:
   """One step of `torch_reference.train_step`, watched from outside."""
   student, seen = torch_model(case), {}
-  keep = lambda name, tensor: seen.update({name: tensor.detach().float().cpu().numpy().copy()})  # noqa: E731
+
+  def keep(name, tensor):
+    seen[name] = tensor.detach().float().cpu().numpy().copy()
+
   _watch_tower("student", student, student.blocks, keep)
   for name, parameter in student.named_parameters():
     parameter.register_post_accumulate_grad_hook(lambda p, name=name: keep(f"gradient/{name}", p.grad))

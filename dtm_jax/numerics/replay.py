@@ -107,7 +107,10 @@ def _pretrain_step(trace, config, student, teacher_file, optimizer, schedule) ->
   if teacher.out_dim != student.out_dim:
     raise InputError(f"the student predicts tokens of width {student.out_dim}, the targets have {teacher.out_dim}")
   merges, iterations = (jnp.asarray(trace[name], jnp.int32) for name in ("per_iteration", "iterations"))
-  draw = lambda step: (merges[step], iterations[step])  # noqa: E731
+
+  def draw(step):
+    return merges[step], iterations[step]
+
   step = jax.jit(pretrain.make_train_step(config, student, teacher, optimizer, schedule, draw))
   return lambda state, i: step(state, targets(i), {"image": _images(trace, i), "mask": trace["masks"][i]})
 
@@ -115,7 +118,10 @@ def _pretrain_step(trace, config, student, teacher_file, optimizer, schedule) ->
 def _finetune_step(trace, config, model, optimizer, schedule) -> Step:
   if model.num_classes != trace["targets"].shape[-1]:
     raise InputError(f"the model tells {model.num_classes} classes apart, the targets {trace['targets'].shape[-1]}")
-  recorded = lambda step, batch: (batch["image"], batch["target"])  # noqa: E731
+
+  def recorded(step, batch):
+    return batch["image"], batch["target"]
+
   step = jax.jit(finetune.make_train_step(config, model, optimizer, schedule, recorded))
   return lambda state, i: step(state, {"image": _images(trace, i), "target": _float32(trace["targets"][i])})
 
