@@ -4,12 +4,14 @@ import argparse
 import logging as python_logging
 import pathlib
 import sys
+from collections.abc import Callable
 
 import tqdm
 from absl import logging
 
 from dtm_jax.errors import InputError
 
+EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
 _PACKAGE = str(pathlib.Path(__file__).parent)
 
 
@@ -43,6 +45,19 @@ class ArgumentParser(argparse.ArgumentParser):
 
   def error(self, message: str):
     raise InputError(f"{message}; --help shows the usage")
+
+
+def exit_code(command: Callable[[], None]) -> int:
+  """Runs what reads and writes models: 0, or what went wrong in one line and its exit code."""
+  try:
+    command()
+  except (InputError, OSError) as error:
+    return fail(error, EXIT_INPUT)
+  except MemoryError as error:
+    return fail(f"not enough memory for these weights ({error})", EXIT_INPUT)
+  except KeyboardInterrupt:
+    return fail("interrupted", EXIT_INTERRUPTED)
+  return 0
 
 
 def fail(error: Exception | str, code: int) -> int:

@@ -14,23 +14,10 @@ import sys
 from dtm_jax import console
 from dtm_jax.errors import InputError
 
-EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
-
 
 def main(argv: list[str]) -> int:
   """Runs the command line `argv`, whose first element is the program, and returns the exit code."""
-  try:
-    options = _parser().parse_args(argv[1:])
-    if options.output.exists() and not options.overwrite:
-      raise InputError(f"{options.output} is there already; --overwrite replaces it")
-    _export(options)
-  except (InputError, OSError) as error:
-    return console.fail(error, EXIT_INPUT)
-  except MemoryError as error:
-    return console.fail(f"not enough memory for this model ({error})", EXIT_INPUT)
-  except KeyboardInterrupt:
-    return console.fail("interrupted", EXIT_INTERRUPTED)
-  return 0
+  return console.exit_code(lambda: _export(argv[1:]))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,7 +32,10 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _export(options: argparse.Namespace) -> None:
+def _export(arguments: list[str]) -> None:
+  options = _parser().parse_args(arguments)
+  if options.output.exists() and not options.overwrite:
+    raise InputError(f"{options.output} is there already; --overwrite replaces it")
   from dtm_jax import inference  # starts a backend, which takes seconds
 
   model = inference.load(options.input, checkpoint="best" if options.best else "last", averaged=options.averaged)

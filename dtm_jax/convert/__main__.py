@@ -23,7 +23,6 @@ from dtm_jax.convert.transfer import TABLES, resize_tables, to_classifier
 from dtm_jax.convert.writing import HUGGING_FACE_FILES, save_hugging_face, save_torch, sizes_of
 from dtm_jax.errors import InputError, some_of
 
-EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
 # Of other programs' weights files: no name for a folder, unless it is asked for.
 _FILE_SUFFIXES = (".safetensors", ".bin", ".npz", ".ckpt")
 # As the report's fields are told, but for what is refused.
@@ -49,21 +48,17 @@ class _Input(NamedTuple):
 
 def main(argv: list[str]) -> int:
   """Runs the command line `argv`, whose first element is the program, and returns the exit code."""
-  try:
-    options = _parser().parse_args(argv[1:])
-    target = _check_target(options)
-    source = _read(options)
-    kind, params = _transfer(source, options)
-    (save_torch if options.to == "release" else save_hugging_face)(options.output, kind, params)
-    _describe("read", source.path, source.kind, source.model, source.sha256, source.report)
-    _describe("wrote", target, kind, sizes_of(kind, params), file_sha256(target), None)
-  except (InputError, OSError) as error:
-    return console.fail(error, EXIT_INPUT)
-  except MemoryError as error:
-    return console.fail(f"not enough memory for these weights ({error})", EXIT_INPUT)
-  except KeyboardInterrupt:
-    return console.fail("interrupted", EXIT_INTERRUPTED)
-  return 0
+  return console.exit_code(lambda: _convert(argv[1:]))
+
+
+def _convert(arguments: list[str]) -> None:
+  options = _parser().parse_args(arguments)
+  target = _check_target(options)
+  source = _read(options)
+  kind, params = _transfer(source, options)
+  (save_torch if options.to == "release" else save_hugging_face)(options.output, kind, params)
+  _describe("read", source.path, source.kind, source.model, source.sha256, source.report)
+  _describe("wrote", target, kind, sizes_of(kind, params), file_sha256(target), None)
 
 
 def _parser() -> argparse.ArgumentParser:
