@@ -1,16 +1,20 @@
-"""Eight CPU devices for every test, and strict jax: set before jax is imported anywhere."""
+"""Eight CPU devices for every test, and one folder of compiled programs: set before jax is imported anywhere."""
 
 import importlib.util
 import os
 import pathlib
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Most of the time goes into compiling, often the same again: processes that tests start share the folder, too. It is not
+# kept: a test that kills a process may leave half a program behind.
+COMPILED = tempfile.TemporaryDirectory(prefix="dtm_jax_compiled_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 # The extra `test` brings torch. Without it (no CPU build for some Pythons) what compares with it is left out.
 if importlib.util.find_spec("torch") is None:
@@ -27,10 +31,6 @@ def golden():
 
 
 @pytest.fixture(scope="session")
-def compile_cache(tmp_path_factory):
-  """A folder that keeps compiled programs, for tests that build the same run again and again."""
-  folder = tmp_path_factory.mktemp("compile_cache")
-  jax.config.update("jax_compilation_cache_dir", str(folder))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-  compilation_cache.reset_cache()  # what was decided at the first compile is decided again
-  return folder
+def compile_cache():
+  """The folder of compiled programs, for processes whose environment a test makes itself."""
+  return pathlib.Path(COMPILED.name)

@@ -28,10 +28,8 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 IMAGES, BATCH = 13, 8  # the last batch is not full
 CORRUPTED = ("imagenet2012_corrupted/fog_3", "imagenet2012_corrupted/snow_1")
 
-pytestmark = [
-  pytest.mark.usefixtures("compile_cache"),
-  pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),  # how ml_collections reads a config file
-]
+# How ml_collections reads a config file.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")

@@ -27,10 +27,8 @@ from dtm_jax.train_state import params_sha256
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
-pytestmark = [
-  pytest.mark.usefixtures("compile_cache"),
-  pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),  # how ml_collections reads a config file
-]
+# How ml_collections reads a config file.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
 @pytest.fixture
@@ -271,7 +269,7 @@ def test_a_folder_that_is_no_run_as_teacher(fails, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished_run(tmp_path_factory, compile_cache):
+def finished_run(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("finished") / "run"
   assert main.main(["dtm", *runs.options(workdir, run__checkpoint_every_steps=1)]) == 0
   return workdir

@@ -32,7 +32,7 @@ def compilations_logged():
 
 
 @pytest.mark.parametrize("granularity", ["batch", pytest.param("image", marks=pytest.mark.slow)])
-def test_fifty_draws_compile_once(granularity, compile_cache):
+def test_fifty_draws_compile_once(granularity):
   settings = quickstart.get_config("smoke")
   settings.morphing.granularity = granularity
   settings.data.image_size = 32  # 64 tokens: enough for fifty draws to differ

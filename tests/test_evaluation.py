@@ -23,10 +23,8 @@ from dtm_jax.train_state import params_sha256
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
-pytestmark = [
-  pytest.mark.usefixtures("compile_cache"),
-  pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),  # how ml_collections reads a config file
-]
+# How ml_collections reads a config file.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
 def arguments(checkpoint, workdir, **settings) -> list[str]:
@@ -43,7 +41,7 @@ def only(*wanted: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, compile_cache):
+def run(tmp_path_factory):
   """The work folder of a miniature run with k-NN, of 64 training and 32 test images."""
   workdir = tmp_path_factory.mktemp("run")
   assert main.main(["dtm", *runs.options(workdir, eval__knn=True)]) == 0

@@ -44,7 +44,7 @@ def run(workdir, init="", *, stop_after=None, **changes) -> bool:
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory, compile_cache):
+def pretrained(tmp_path_factory):
   """The work folder of two steps of pre-training."""
   workdir = tmp_path_factory.mktemp("pretrained")
   config = quickstart.get_config("smoke")

@@ -23,8 +23,6 @@ from dtm_jax.train_state import params_sha256
 
 NUM_STEPS = 5
 
-pytestmark = pytest.mark.usefixtures("compile_cache")
-
 
 def smoke_config() -> config_lib.Config:
   config: config_dict.ConfigDict = quickstart.get_config("smoke")
@@ -41,7 +39,7 @@ def run(workdir, *, stop_after=None) -> bool:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, compile_cache):
+def uninterrupted(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("uninterrupted")
   assert run(workdir)
   return workdir

@@ -15,10 +15,8 @@ from dtm_jax import finetuning, main
 from dtm_jax.data.pipeline import train_batches
 from dtm_jax.errors import InputError
 
-pytestmark = [
-  pytest.mark.usefixtures("compile_cache"),
-  pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),  # how ml_collections reads a config file
-]
+# How ml_collections reads a config file.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 CLASSES = 10
 TRAIN, VALIDATION, TEST = [0, 9, 1, 8, 2, 7, 3, 6, 4, 5, 0, 1], [5, 4, 3], [3, 1, 4, 1, 5]
