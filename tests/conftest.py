@@ -5,16 +5,16 @@ import os
 import pathlib
 import tempfile
 
+import numpy as np
+import pytest
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-# Most of the time goes into compiling, often the same again: processes that tests start share the folder, too. It is not
-# kept: a test that kills a process may leave half a program behind.
+# Most of the time goes into compiling, often the same again; processes that tests start share the folder, too. It is
+# not kept: a test that kills a process may leave half a program behind.
 COMPILED = tempfile.TemporaryDirectory(prefix="dtm_jax_compiled_")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-
-import numpy as np
-import pytest
 
 # The extra `test` brings torch. Without it (no CPU build for some Pythons) what compares with it is left out.
 if importlib.util.find_spec("torch") is None:
