@@ -19,6 +19,12 @@ def saved_steps(workdir: pathlib.Path, folder: str = FOLDER) -> list[int]:
   return sorted(int(path.name) for path in (workdir / folder).glob("*") if path.name.isdigit())
 
 
+class _Manager(ocp.CheckpointManager):
+  def reached_preemption(self, step: int) -> bool:
+    """Orbax would ask jax, which counts how often that is asked: `distributed.stop_requests` does."""
+    return False
+
+
 class CheckpointStore:
   """The checkpoints of one work folder; `keep` of them stay, and None opens the store to read only.
 
@@ -32,12 +38,10 @@ class CheckpointStore:
     writes = keep is not None  # what looks unfinished may be the work of a run that goes on
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=writes, cleanup_tmp_directories=writes)
     try:
-      if writes:
+      if writes:  # of several processes each: what the others make may be seen late
         self._folder.mkdir(parents=True, exist_ok=True)
       # Naming the handler lets a fresh process read `item_metadata`.
-      self._manager = ocp.CheckpointManager(
-        self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
-      )
+      self._manager = _Manager(self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
     except OSError as error:
       raise InputError(
         f"cannot use {self._folder} for checkpoints ({error.strerror}); choose another --workdir"

@@ -1,6 +1,7 @@
 """What a run prints: plain lines that do not break the progress bar, and no tracebacks of other people's threads."""
 
 import argparse
+import errno
 import logging as python_logging
 import pathlib
 import sys
@@ -11,8 +12,11 @@ from absl import logging
 
 from dtm_jax.errors import InputError
 
-EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
+EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 _PACKAGE = str(pathlib.Path(__file__).parent)
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+_speaker, _is_silent = "", False  # which of several processes this is, and whether it has a bar
 
 
 class LineHandler(python_logging.Handler):
@@ -40,6 +44,20 @@ def log_plainly() -> None:
   python_logging.root.addHandler(LINES)
 
 
+def speak_as(process: int) -> None:
+  """Of several processes the first tells how things go; the others are silent but for errors, and all say who fails."""
+  global _speaker, _is_silent
+  _speaker, _is_silent = f" in process {process}", process > 0
+  if _is_silent:
+    logging.set_verbosity(logging.ERROR)
+    LINES.setLevel(python_logging.ERROR)
+
+
+def progress_bar(**options) -> tqdm.tqdm:
+  """As wide as the terminal; none where standard error is no terminal, or not this process's."""
+  return tqdm.tqdm(dynamic_ncols=True, disable=_is_silent or None, **options)
+
+
 class ArgumentParser(argparse.ArgumentParser):
   """Wrong usage is an `InputError` like any other."""
 
@@ -60,9 +78,18 @@ def exit_code(command: Callable[[], None]) -> int:
   return 0
 
 
+def tell(error: Exception) -> int | None:
+  """Tells what is wrong with what a run was given, and returns the exit code; None where the error is another."""
+  if isinstance(error, InputError):
+    return fail(error, EXIT_INPUT)
+  if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+    return fail(f"{error}; make room or get permission, then run the same command: it goes on", EXIT_INPUT)
+  return None
+
+
 def fail(error: Exception | str, code: int) -> int:
   """Tells what is wrong in one line on standard error; returns the exit code."""
-  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+  print(f"error{_speaker}: {' '.join(str(error).split())}", file=sys.stderr)
   return code
 
 

@@ -13,6 +13,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dtm_jax import distributed
 from dtm_jax.files import replacing
 
 DPI = 150
@@ -192,6 +193,8 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-  """Writes a PNG. Raises InputError where it cannot be written."""
+  """Writes a PNG, by process 0. Raises InputError where it cannot be written."""
+  if not distributed.is_first():
+    return
   with replacing(pathlib.Path(path)) as unfinished:
     figure.savefig(unfinished, format="png")

@@ -13,6 +13,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
+from dtm_jax import console, distributed
 from dtm_jax.errors import StoppedError
 from dtm_jax.train_state import NEVER, TrainState
 
@@ -117,9 +118,7 @@ class Loop:
 def _progress_bar(start: int, num_steps: int) -> tqdm.tqdm:
   """Fits into 80 columns with the text of `_progress`; none where stderr is no terminal."""
   layout = "{l_bar}{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
-  return tqdm.tqdm(
-    total=num_steps, initial=start, bar_format=layout, dynamic_ncols=True, mininterval=1, smoothing=0.1, disable=None
-  )
+  return console.progress_bar(total=num_steps, initial=start, bar_format=layout, mininterval=1, smoothing=0.1)
 
 
 @jax.jit
@@ -130,7 +129,7 @@ def _all_finite(tree: Any) -> jax.Array:
 def _check_finite(state: TrainState, unchecked: collections.deque) -> None:
   bad = int(state.nonfinite_step)
   if bad != NEVER:
-    indices = dict(unchecked)[bad].tolist()
+    indices = [i for share in distributed.gather(dict(unchecked)[bad].tolist()) for i in share]
     raise NonFiniteError(f"loss or gradient not finite at step {bad}; its batch is of source indices {indices}")
 
 

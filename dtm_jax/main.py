@@ -1,24 +1,27 @@
 """`python -m dtm_jax.main --config=configs/NAME.py --workdir=DIR [--config.path.to.key=value]`.
 
-Exit codes: 0 done; 2 wrong usage, config or data; 3 loss not finite; 143 stopped by a signal after saving.
+Several processes train as one where the environment says so: Slurm, a TPU pod, Open MPI, an indexed Kubernetes job, or
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, as `launch/local.sh N ARGS...` sets them.
+
+Exit codes: 0 done; 1 another process has failed; 2 wrong usage, config or data; 3 loss not finite; 143 stopped by a
+signal after saving.
 """
 
 import contextlib
-import errno
 import pathlib
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
 from dtm_jax import command_line, console
 from dtm_jax.errors import InputError
 
-EXIT_INPUT, EXIT_NONFINITE, EXIT_SIGNAL = 2, 3, 143
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+EXIT_INPUT, EXIT_NONFINITE, EXIT_SIGNAL = console.EXIT_INPUT, 3, 143
 
 
 def main(argv: list[str]) -> int:
@@ -30,31 +33,52 @@ def main(argv: list[str]) -> int:
     config, workdir = command_line.parse(argv)
     console.log_plainly()
     return _run(config, workdir, shlex.join([sys.executable, "-m", "dtm_jax.main", *argv[1:]]))
-  except InputError as error:
-    return console.fail(error, EXIT_INPUT)
-  except OSError as error:
-    if error.errno not in _CANNOT_WRITE:
+  except (InputError, OSError) as error:
+    code = console.tell(error)
+    if code is None:
       raise
-    return console.fail(f"{error}; make room or get permission, then run the same command: it goes on", EXIT_INPUT)
+    return code
 
 
 def _run(settings: ConfigDict, workdir: pathlib.Path, command: str) -> int:
   # Not before the options are right: the backend takes seconds to start.
   import jax
 
-  from dtm_jax import config, evaluation, finetuning, loop, pretraining
+  from dtm_jax import config, distributed, evaluation, finetuning, loop, pretraining
 
   tasks = {"pretrain": pretraining.run, "finetune": finetuning.run, "evaluate": evaluation.run}
 
-  with noted_signals() as stop:
+  distributed.initialize()
+  with _stop_requests() as stop_requested, distributed.ending_at_once(loop.NonFiniteError):
     try:
       # float32 means float32, on TPUs and GPUs too; products of bfloat16 are not concerned.
       with jax.default_matmul_precision("float32"):
-        resolved = config.resolve(settings)
-        is_done = tasks[resolved.task](resolved, workdir, command, stop.is_set)
+        resolved = distributed.together(lambda: config.resolve(settings))
+        distributed.check_same(_circumstances(resolved))
+        is_done = tasks[resolved.task](resolved, workdir, command, stop_requested)
+        distributed.gather(None)  # the last one may still draw or write
     except loop.NonFiniteError as error:
       return console.fail(error, EXIT_NONFINITE)
   return 0 if is_done else EXIT_SIGNAL
+
+
+def _circumstances(resolved) -> dict[str, Any]:
+  """What all processes have to share."""
+  from dtm_jax import config, distributed, workdir
+
+  return {"config": config.to_json(resolved), "code": distributed.code_sha256(), **workdir.versions()}
+
+
+def _stop_requests() -> contextlib.AbstractContextManager[Callable[[], bool]]:
+  from dtm_jax import distributed
+
+  return distributed.stop_requests() if distributed.count() > 1 else _own_signals()
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[Callable[[], bool]]:
+  with noted_signals() as stop:
+    yield stop.is_set
 
 
 @contextlib.contextmanager
@@ -74,6 +98,15 @@ def noted_signals() -> Iterator[threading.Event]:
       signal.signal(number, handler)
 
 
+def _leave(code: int) -> NoReturn:
+  if code not in (0, EXIT_SIGNAL) and "jax" in sys.modules:
+    from dtm_jax import distributed
+
+    if distributed.count() > 1:
+      distributed.leave(code)
+  sys.exit(code)
+
+
 if __name__ == "__main__":
   sys.unraisablehook = console.report_unraisable
-  sys.exit(main(sys.argv))
+  _leave(main(sys.argv))

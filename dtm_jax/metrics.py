@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from dtm_jax import distributed
+
 FILE = "metrics.jsonl"
 
 
@@ -22,17 +24,20 @@ class MetricWriter:
   A resumed run repeats steps that were logged after its checkpoint. They come
   out the same, so a row whose keys are all there for its step is not written
   again, and half a line, left by a kill, is cut off.
+
+  Of several processes the first reads and writes; all know what was logged.
   """
 
   def __init__(self, workdir: pathlib.Path):
-    from tensorboardX import SummaryWriter
+    self._path = workdir / FILE
+    self.rows = distributed.from_first(lambda: read_rows(workdir))
+    self._tensorboard = None
+    if distributed.is_first():
+      from tensorboardX import SummaryWriter
 
-    path = workdir / FILE
-    self.rows = read_rows(workdir)
-    if path.exists():
-      _cut_half_line(path)
-    self._path = path
-    self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
+      if self._path.exists():
+        _cut_half_line(self._path)
+      self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
 
   def write(self, step: int, values: dict[str, Any]) -> None:
     """Writes numbers, or short lists of them, of one step."""
@@ -40,6 +45,8 @@ class MetricWriter:
       return
     row = {"step": step, **values}
     self.rows.append(row)
+    if self._tensorboard is None:
+      return
     with self._path.open("a") as file:
       file.write(json.dumps(row) + "\n")
     for name, value in values.items():
@@ -63,7 +70,8 @@ class MetricWriter:
     return max(scores, key=lambda score: score.value)
 
   def close(self) -> None:
-    self._tensorboard.close()
+    if self._tensorboard is not None:
+      self._tensorboard.close()
 
 
 def read_rows(workdir: pathlib.Path) -> list[dict[str, Any]]:

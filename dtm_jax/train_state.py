@@ -6,10 +6,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from dtm_jax.axes import Stream
+from dtm_jax.distributed import to_host
 
 NEVER = -1
 
@@ -58,9 +58,9 @@ def image_keys(key: jax.Array, num_images: int) -> jax.Array:
 
 
 def params_sha256(params: Any) -> str:
-  """SHA-256 over the float32 bytes of all parameters, in sorted key order."""
+  """SHA-256 over the float32 bytes of all parameters, in sorted key order; all processes have to ask."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
   digest = hashlib.sha256()
   for _, leaf in sorted(leaves, key=lambda item: jax.tree_util.keystr(item[0], simple=True, separator="/")):
-    digest.update(np.asarray(leaf, np.float32).tobytes())
+    digest.update(to_host(leaf).astype(jnp.float32).tobytes())
   return digest.hexdigest()

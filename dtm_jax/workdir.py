@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from dtm_jax import __version__
+from dtm_jax import __version__, distributed
 from dtm_jax.config import Config, from_json, settings_that_differ
 from dtm_jax.errors import InputError
 from dtm_jax.files import replacing
@@ -21,11 +21,16 @@ _REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gra
 
 
 def create(workdir: pathlib.Path) -> None:
-  """Makes the folder where it is missing.
+  """Makes the folder where it is missing, for all processes.
 
   Raises:
-    InputError: it cannot be made, or not written to.
+    InputError: it cannot be made, or not written to, or another process sees another folder.
   """
+  distributed.from_first(lambda: _create(workdir))
+  distributed.check_shared(workdir)
+
+
+def _create(workdir: pathlib.Path) -> None:
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -35,12 +40,12 @@ def create(workdir: pathlib.Path) -> None:
 
 
 def read_record(workdir: pathlib.Path, config: Config) -> dict[str, Any] | None:
-  """The record of the run that the folder holds, or None where it holds none.
+  """The record of the run that the folder holds, or None where it holds none, as process 0 reads it.
 
   Raises:
     InputError: it is another run than `config`'s.
   """
-  record = read_json(workdir / CONFIG_FILE)
+  record = distributed.from_first(lambda: read_json(workdir / CONFIG_FILE))
   if record is not None and (names := settings_that_differ(from_json(record), config)):
     raise InputError(
       f"--workdir={workdir} holds another run: {', '.join(names)} differ; use its settings or another --workdir"
@@ -50,12 +55,17 @@ def read_record(workdir: pathlib.Path, config: Config) -> dict[str, Any] | None:
 
 def circumstances(command: str) -> dict[str, Any]:
   """For the record: how the program was started, in which versions, on what devices."""
-  versions = {name: importlib.metadata.version(name) for name in _REPORTED_PACKAGES}
   return {
     "command": command,
-    "versions": {"dtm_jax": __version__, "python": platform.python_version(), **versions},
+    "versions": versions(),
     "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
   }
+
+
+def versions() -> dict[str, str]:
+  """Of this package, Python, and the packages that results may depend on."""
+  found = {name: importlib.metadata.version(name) for name in _REPORTED_PACKAGES}
+  return {"dtm_jax": __version__, "python": platform.python_version(), **found}
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:
@@ -67,7 +77,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-  """Whole or not at all. Raises InputError where it cannot be written."""
+  """Whole or not at all, by process 0. Raises InputError where it cannot be written."""
+  if not distributed.is_first():
+    return
   with replacing(path, RUN_AGAIN) as unfinished:
     unfinished.write_text(json.dumps(content, indent=2) + "\n")
 

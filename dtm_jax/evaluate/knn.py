@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from dtm_jax import sharding
+from dtm_jax import distributed, sharding
 from dtm_jax.axes import BATCH_AXES
 from dtm_jax.errors import InputError
 from dtm_jax.evaluate.features import check_labels
@@ -66,7 +66,7 @@ def knn_accuracy(
     num_classes=num_classes,
     mesh=mesh,
   )
-  return float(np.mean(np.asarray(predicted)[: len(test_labels)] == test_labels))
+  return float(np.mean(distributed.to_host(predicted)[: len(test_labels)] == test_labels))
 
 
 @functools.partial(jax.jit, static_argnames=("k", "num_classes", "mesh"))

@@ -15,7 +15,7 @@ import optax
 from absl import logging
 from jax.sharding import Mesh
 
-from dtm_jax import sharding
+from dtm_jax import distributed, sharding
 from dtm_jax.errors import InputError
 from dtm_jax.evaluate.features import Features
 
@@ -95,7 +95,9 @@ def linear_probe(train: Features, test: Features, fit: Fit, candidates: Sequence
   heads = fit(standardize(rest), candidates)
   held_out, scores = standardize(held_out), {}
   for candidate, head in zip(candidates, heads, strict=False):
-    scores[candidate] = accuracy(head, held_out), -_loss(head, held_out)
+    # Other hosts may round otherwise, and must not end the search at another place.
+    score = accuracy(head, held_out), -_loss(head, held_out)
+    scores[candidate] = tuple(distributed.from_first(lambda score=score: score))
     chosen = max(scores, key=scores.__getitem__)
     if [*scores].index(chosen) + _PATIENCE < len(scores):
       break
@@ -180,9 +182,9 @@ def fit_lbfgs(
     head = jax.device_put(head, sharding.replicated(mesh))
   for inverse_strength in inverse_strengths:
     head, iterations = _minimize(head, *rows, inverse_strength)
-    if iterations == _LBFGS_MAX_ITERATIONS:
+    if distributed.to_host(iterations) == _LBFGS_MAX_ITERATIONS:
       logging.warning("L-BFGS for C = %g was ended after %d iterations", inverse_strength, iterations)
-    yield head
+    yield jax.tree.map(distributed.to_host, head)
 
 
 @jax.jit
