@@ -9,6 +9,13 @@ TENSOR = "tensor"
 MESH_AXES = (DATA, FSDP, TENSOR)
 BATCH_AXES = (DATA, FSDP)
 
+# Logical axes: what an axis of a parameter or activation is, whatever the mesh. `sharding.RULES` says who holds them.
+BATCH = "batch"
+EMBED = "embed"  # of a parameter, along the residual stream
+HEADS = "heads"  # attention heads, or their features side by side
+MLP = "mlp"
+OUT = "out"  # what a head predicts
+
 
 class Stream(enum.IntEnum):
   """What a random number is for.

@@ -307,16 +307,14 @@ class OptimConfig:
 class MeshConfig:
   """Devices per mesh axis; -1 takes what is left."""
 
-  data: int = -1
-  fsdp: int = 1
-  tensor: int = 1
+  data: int = -1  # each has its own images and all of the state
+  fsdp: int = 1  # each has its own images and a share of the state
+  tensor: int = 1  # share images, heads and hidden features, and state
 
   def __post_init__(self):
     sizes = (self.data, self.fsdp, self.tensor)
     _require(all(s == -1 or s > 0 for s in sizes), f"config.mesh sizes {sizes} must be positive, or -1")
     _require(sizes.count(-1) <= 1, "only one of config.mesh.data, fsdp and tensor may be -1")
-    # Sharded state is not there yet: parameters are replicated.
-    _require(self.fsdp == 1 and self.tensor == 1, "config.mesh.fsdp and config.mesh.tensor must be 1 in this version")
 
 
 @dataclasses.dataclass(frozen=True)

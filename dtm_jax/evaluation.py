@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from dtm_jax import metrics, sharding
+from dtm_jax import distributed, metrics, sharding
 from dtm_jax import workdir as workdirs
 from dtm_jax.config import OF_CHECKPOINT, Config, to_json
 from dtm_jax.data.sources import NO_LABEL, Source, open_source
@@ -137,7 +137,8 @@ def run(config: Config, workdir: pathlib.Path, command: str, stop_requested: Cal
     InputError: something is wrong that the user can mend.
   """
   start = time.perf_counter()
-  parts = build(config)
+  parts = distributed.together(lambda: build(config))
+  distributed.log_topology(sharding.describe(parts.mesh))
   new_record = _new_record(parts, command)
   if _is_complete(workdir, parts.config, new_record):
     logging.info("%s is complete; its results are in %s", workdir, workdir / SUMMARY_FILE)
@@ -145,7 +146,8 @@ def run(config: Config, workdir: pathlib.Path, command: str, stop_requested: Cal
   workdirs.create(workdir)
   write_json(workdir / CONFIG_FILE, new_record)
   try:
-    summary = _evaluate(parts, workdir, stop_requested)
+    with distributed.ending_at_once(StoppedError):
+      summary = _evaluate(parts, workdir, stop_requested)
   except StoppedError:
     logging.info("stopped; the same command begins again")
     return False
@@ -157,11 +159,13 @@ def run(config: Config, workdir: pathlib.Path, command: str, stop_requested: Cal
 
 def _is_complete(workdir: pathlib.Path, config: Config, new_record: dict[str, Any]) -> bool:
   """Raises InputError where the folder holds something else than this evaluation."""
+  inputs = ("params_sha256", "train_images", "test_images", "resampler")
+  distributed.check_same({name: new_record[name] for name in inputs})
   record = workdirs.read_record(workdir, config)
   if record is not None:
-    inputs = ("params_sha256", "train_images", "test_images", "resampler")
     workdirs.check_same_inputs(workdir, record, new_record, inputs)
-  return record is not None and workdirs.read_json(workdir / SUMMARY_FILE) is not None
+  summary = distributed.from_first(lambda: workdirs.read_json(workdir / SUMMARY_FILE))
+  return record is not None and summary is not None
 
 
 def _new_record(parts: Parts, command: str) -> dict[str, Any]:
@@ -182,9 +186,8 @@ def _evaluate(parts: Parts, workdir: pathlib.Path, stop_requested: Callable[[], 
   """The summary, but for the time; results are logged as they come."""
   config, checkpoint = parts.config, parts.checkpoint
   logging.info(
-    "evaluating the %s of %s on %s images of %d pixels, %d %s device(s)",
-    *(checkpoint.kind, checkpoint.path, config.data.source, config.data.image_size),
-    *(jax.device_count(), jax.default_backend()),
+    "evaluating the %s of %s on %s images of %d pixels, %s",
+    *(checkpoint.kind, checkpoint.path, config.data.source, config.data.image_size, sharding.describe(parts.mesh)),
   )
   summary = {
     "kind": checkpoint.kind,
@@ -325,6 +328,8 @@ def save_features(path: pathlib.Path, features: Features) -> None:
   Raises:
     InputError: it cannot be written.
   """
+  if not distributed.is_first():
+    return
   with replacing(path, RUN_AGAIN) as unfinished, unfinished.open("wb") as file:
     np.savez(file, **features._asdict())
 

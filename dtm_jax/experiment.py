@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import optax
 from absl import logging
 from jax.sharding import Mesh
 
-from dtm_jax import loop, metrics, sharding
+from dtm_jax import distributed, loop, metrics, sharding
 from dtm_jax import workdir as workdirs
 from dtm_jax.checkpoint import BEST_FOLDER, CheckpointStore, saved_steps
 from dtm_jax.config import Config, to_json
@@ -53,8 +54,6 @@ def open_setup(config: Config) -> Setup:
   Raises:
     InputError: they are missing or do not fit the settings.
   """
-  if jax.process_count() > 1:
-    raise InputError("several processes are not supported yet; start one process for all local devices")
   if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
     raise InputError("config.model.attention='cudnn' needs a GPU; choose 'xla' or 'matmul'")
   mesh = sharding.create_mesh(config.mesh)
@@ -116,12 +115,17 @@ class Parts(Setup, abc.ABC):
     return self.create_state(), ""
 
   def create_state(self) -> TrainState:
-    """A new state with parameters drawn from the run's seed, on the devices."""
-    return jax.jit(self._create_state, out_shardings=sharding.replicated(self.mesh))()
+    """A new state with parameters drawn from the run's seed, on the devices; none ever holds all of a sharded one."""
+    return jax.jit(self._create_state, out_shardings=self.state_shardings)()
+
+  @functools.cached_property
+  def state_shardings(self) -> TrainState:
+    """Who holds what of the state."""
+    return sharding.shard(jax.eval_shape(self._create_state), self.mesh)
 
   def abstract_state(self) -> TrainState:
     """The state's shapes, dtypes and shardings, to restore to."""
-    return abstract_state(self._create_state, sharding.replicated(self.mesh))
+    return abstract_state(self._create_state, self.state_shardings)
 
   def _create_state(self) -> TrainState:
     return create_train_state(init_params(self.config, self.model), self.optimizer)
@@ -170,12 +174,15 @@ def run(
   if record is not None and _is_complete(workdir, config.total_steps(record["train_images"])):
     logging.info("%s is complete; its results are in %s", workdir, workdir / SUMMARY_FILE)
     return True
-  parts = build(config)
+  parts = distributed.together(lambda: build(config))
+  distributed.log_topology(sharding.describe(parts.mesh))
   new_record = _new_record(parts, command)
+  inputs = (*parts.recorded_inputs, "train_images", "resampler")
+  distributed.check_same({name: new_record[name] for name in inputs})
   if record is not None:
-    inputs = (*parts.recorded_inputs, "train_images", "resampler")
     workdirs.check_same_inputs(workdir, record, new_record, inputs)
-  begun = None if saved_steps(workdir) else _begin(parts, workdir, record)
+  is_resumed = distributed.from_first(lambda: bool(saved_steps(workdir)))
+  begun = None if is_resumed else distributed.together(lambda: _begin(parts, workdir, record))
   workdirs.create(workdir)
   with contextlib.ExitStack() as stack:
 
@@ -185,6 +192,8 @@ def run(
     store = opened(CheckpointStore(workdir, keep=config.run.keep_checkpoints))
     best = opened(CheckpointStore(workdir, keep=1, folder=BEST_FOLDER)) if parts.keeps_best else None
     session = _Session(parts, store, best, opened(metrics.MetricWriter(workdir)), stop_requested)
+    # Entered last and left first: what is open above waits for the other processes, too.
+    stack.enter_context(distributed.ending_at_once(loop.NonFiniteError))
     state, init_sha256 = begun or session.restore(record)
     write_json(workdir / CONFIG_FILE, new_record | {_INIT_SHA256: init_sha256})
     state = session.train(state)
@@ -200,8 +209,8 @@ def run(
 
 def _begin(parts: Parts, workdir: pathlib.Path, record: dict[str, Any] | None) -> tuple[TrainState, str]:
   """The state before the first step, and the SHA-256 of the weights that it comes from."""
-  batch_size, devices = parts.config.data.batch_size, (jax.device_count(), jax.default_backend())
-  logging.info("%s for %d steps of %d images on %d %s device(s)", parts.title, parts.total_steps, batch_size, *devices)
+  batch_size, devices = parts.config.data.batch_size, sharding.describe(parts.mesh)
+  logging.info("%s for %d steps of %d images on %s", parts.title, parts.total_steps, batch_size, devices)
   state, init_sha256 = parts.begin()
   if record is not None:  # the run has logged something, though it was killed before its first checkpoint
     old, new = {_INIT_SHA256: _init_sha256(record)}, {_INIT_SHA256: init_sha256}
@@ -226,7 +235,7 @@ class _Session:
 
   def restore(self, record: dict[str, Any] | None) -> tuple[TrainState, str]:
     """The newest state, and the SHA-256 of the weights that the run began with."""
-    parts, step = self.parts, self.store.latest_step()
+    parts, step = self.parts, distributed.from_first(self.store.latest_step)
     if step > parts.total_steps:
       raise InputError(
         f"the checkpoint is at step {step}, beyond the run's end at {parts.total_steps}; raise config.run.steps"
@@ -240,8 +249,16 @@ class _Session:
     known = [i for row in self.writer.rows if row["step"] <= int(state.step) for i in row.get("bad_indices", ())]
     monitor = BadImageMonitor(parts.train_source, config.data.max_bad_fraction, known)
 
+    met: list[int] = []
+
+    def observe() -> None:
+      """All processes learn what each has met."""
+      monitor.observe(np.array([i for share in distributed.gather(met) for i in share], int))
+      met.clear()
+
     def log(step: int, values: dict[str, float]) -> None:
       self.store.check()
+      observe()
       new = monitor.take_new()
       self.writer.write(step, values | {"bad_images": monitor.count} | ({"bad_indices": new} if new else {}))
 
@@ -258,15 +275,11 @@ class _Session:
       evaluate=self.evaluate,
       stop_requested=self.stop_requested,
     )
-    batches = train_batches(
-      config,
-      parts.train_source,
-      start_step=int(state.step),
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
+    index, count = sharding.batch_share(parts.mesh)
+    start_step = int(state.step)
+    batches = train_batches(config, parts.train_source, start_step=start_step, process_index=index, process_count=count)
     with contextlib.closing(batches):
-      state = training.run(state, _watch(batches, monitor))
+      state = training.run(state, _watch(batches, met, observe))
     self.store.wait()
     return state
 
@@ -296,20 +309,24 @@ class _Session:
 
   def summarize(self, state: TrainState) -> dict[str, Any]:
     writer, last = self.writer, self.parts.total_steps
+    sha256 = params_sha256(state.params)
+    distributed.check_same({"params_sha256": sha256})
     return {
       "steps": last,
       "loss": writer.find(last, "loss"),
       "images_per_second": float(np.median(writer.series("images_per_second")[1])),
       "bad_images": writer.find(last, "bad_images"),
-      "params_sha256": params_sha256(state.params),
+      "params_sha256": sha256,
       **self.parts.results(writer),
     }
 
 
-def _watch(batches: Iterator[Batch], monitor: BadImageMonitor) -> Iterator[Batch]:
-  """The same batches, with their unreadable images noted."""
+def _watch(batches: Iterator[Batch], met: list[int], observe: Callable[[], None]) -> Iterator[Batch]:
+  """The same batches, with their unreadable images noted; several processes meet to tell them at logs only."""
   for batch in batches:
-    monitor.observe(batch["bad"])
+    met += batch["bad"][batch["bad"] >= 0].tolist()
+    if distributed.count() == 1:
+      observe()
     yield batch
 
 
@@ -335,5 +352,5 @@ def _new_record(parts: Parts, command: str) -> dict[str, Any]:
 
 
 def _is_complete(workdir: pathlib.Path, total_steps: int) -> bool:
-  summary = read_json(workdir / SUMMARY_FILE)
+  summary = distributed.from_first(lambda: read_json(workdir / SUMMARY_FILE))
   return summary is not None and summary["steps"] >= total_steps

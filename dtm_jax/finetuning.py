@@ -52,16 +52,17 @@ class Parts(experiment.Parts):
     if not self.config.finetune.init:
       return super().begin()
     checkpoint = open_checkpoint(self.config.finetune.init)
-    params = transfer(checkpoint, self.config, self.model)
+    params = sharding.put(transfer(checkpoint, self.config, self.model), self.mesh)
     create = functools.partial(create_train_state, optimizer=self.optimizer)
-    return jax.jit(create, out_shardings=sharding.replicated(self.mesh))(params), checkpoint.sha256
+    return jax.jit(create, out_shardings=self.state_shardings)(params), checkpoint.sha256
 
   @functools.cached_property
   def _jitted_step(self):
     prepare = functools.partial(finetune.augment, self.config, self.model.num_classes)
     step = finetune.make_train_step(self.config, self.model, self.optimizer, self.schedule, prepare)
-    replicated, split = sharding.replicated(self.mesh), sharding.batch_sharding(self.mesh)
-    return jax.jit(step, in_shardings=(replicated, split), out_shardings=replicated, donate_argnums=0)
+    split, replicated = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
+    shardings = {"in_shardings": (self.state_shardings, split), "out_shardings": (self.state_shardings, replicated)}
+    return jax.jit(step, **shardings, donate_argnums=0)
 
   def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
     return self._jitted_step(state, batch)
@@ -160,7 +161,8 @@ def build(config: Config) -> Parts:
   evaluated = setup.eval_source.num_classes
   if evaluated != num_classes:
     raise InputError(f"{num_classes} classes to learn and {evaluated} to be evaluated; mend the splits of config.data")
-  return Parts(**vars(setup), model=create_classifier(config, num_classes))
+  model = create_classifier(config, num_classes).clone(constrain=sharding.constrain_to(setup.mesh))
+  return Parts(**vars(setup), model=model)
 
 
 def run(config: Config, workdir: pathlib.Path, command: str, stop_requested: experiment.StopRequested) -> bool:

@@ -6,10 +6,9 @@ import pathlib
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 
-from dtm_jax import experiment, figures, metrics, sharding
+from dtm_jax import distributed, experiment, figures, metrics, sharding
 from dtm_jax.config import Config
 from dtm_jax.evaluate.features import FeatureExtractor
 from dtm_jax.evaluate.knn import knn_accuracy
@@ -54,8 +53,10 @@ class Parts(experiment.Parts):
     """`(state, teacher_params, batch) -> (state, metrics)`, compiled once; gives its state's memory away."""
     draw = functools.partial(draw_schedules, self.config)
     step = make_train_step(self.config, self.model, self.teacher, self.optimizer, self.schedule, draw)
-    replicated, split = sharding.replicated(self.mesh), sharding.batch_sharding(self.mesh)
-    return jax.jit(step, in_shardings=(replicated, replicated, split), out_shardings=replicated, donate_argnums=0)
+    of_state, of_teacher = self.state_shardings, sharding.shard(self.teacher_params, self.mesh)
+    split, replicated = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
+    shardings = {"in_shardings": (of_state, of_teacher, split), "out_shardings": (of_state, replicated)}
+    return jax.jit(step, **shardings, donate_argnums=0)
 
   def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
     return self.jitted_step(state, self.teacher_params, batch)
@@ -95,7 +96,7 @@ class Parts(experiment.Parts):
       return
     settings = figures.morphing_settings(config.morphing_budget, config.morphing.max_iterations // 2)
     label_fn = jax.jit(make_label_fn(config, self.teacher, settings))
-    labels = np.asarray(label_fn(self.teacher_params, images))
+    labels = distributed.to_host(label_fn(self.teacher_params, images))
     figures.morphing_figure(workdir / "figures" / "morphing.png", images, labels, settings, config.grid)
 
   def results(self, writer: metrics.MetricWriter) -> dict[str, Any]:
@@ -110,12 +111,13 @@ def build(config: Config) -> Parts:
     InputError: any of them is missing or does not fit the others.
   """
   setup = experiment.open_setup(config)
-  teacher, teacher_params = create_teacher(config, restore_tower)
+  constrain = sharding.constrain_to(setup.mesh)
+  teacher, teacher_params = create_teacher(config, restore_tower, constrain)
   return Parts(
     **vars(setup),
-    model=create_student(config, teacher.out_dim),
+    model=create_student(config, teacher.out_dim).clone(constrain=constrain),
     teacher=teacher,
-    teacher_params=jax.device_put(teacher_params, sharding.replicated(setup.mesh)),
+    teacher_params=sharding.put(teacher_params, setup.mesh),
   )
 
 

@@ -149,6 +149,10 @@ def restore_tower(workdir: pathlib.Path) -> tuple[ViT | Classifier, Any, DataCon
   return run.model, run.params, run.config.data
 
 
-def abstract_state(create: Callable[[], TrainState], where: jax.sharding.Sharding) -> TrainState:
-  """Shapes, dtypes and shardings of a state, to restore to."""
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), jax.eval_shape(create))
+def abstract_state(create: Callable[[], TrainState], shardings: Any) -> TrainState:
+  """Shapes, dtypes and shardings (one for each leaf, or one for all) of a state, to restore to."""
+  shapes = jax.eval_shape(create)
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    *(shapes, jax.tree.broadcast(shardings, shapes)),
+  )

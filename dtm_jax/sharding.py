@@ -1,29 +1,188 @@
-"""The device mesh, and who holds what: batches split over devices, state on each."""
+"""The device mesh, and who holds what: batches split over `data` and `fsdp`, state over `fsdp` and `tensor`."""
 
+import math
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dtm_jax.axes import BATCH_AXES, MESH_AXES
+from dtm_jax.axes import BATCH, BATCH_AXES, EMBED, FSDP, HEADS, MESH_AXES, MLP, OUT, TENSOR
 from dtm_jax.config import MeshConfig
 from dtm_jax.errors import InputError
+from dtm_jax.models.layers import Constrain, unconstrained
+
+# Logical axis -> the mesh axes that share it. A mesh axis that does not divide a size leaves it whole.
+RULES = {BATCH: BATCH_AXES, EMBED: (FSDP,), HEADS: (TENSOR,), MLP: (TENSOR,), OUT: (TENSOR,)}
+
+# How the name of a parameter ends -> the logical axis of each of its axes. Moments and averages of the optimiser end
+# with the name of their parameter, and so lie where it does.
+PARAMETER_AXES = (
+  (r"[qkv]/kernel", (EMBED, HEADS)),
+  (r"[qkv]/bias", (HEADS,)),
+  (r"attn/proj/kernel", (HEADS, EMBED)),
+  (r"attn/proj/bias", (EMBED,)),
+  (r"rel_pos_bias", (None, HEADS)),
+  (r"fc1/kernel", (EMBED, MLP)),
+  (r"fc1/bias", (MLP,)),
+  (r"fc2/kernel", (MLP, EMBED)),
+  (r"fc2/bias", (EMBED,)),
+  (r"gamma_[12]", (EMBED,)),
+  (r"(norm1|norm2|norm|fc_norm|ln_pre|ln_post)/(scale|bias)", (EMBED,)),
+  (r"patch_embed/kernel", (None, None, None, EMBED)),
+  (r"patch_embed/bias", (EMBED,)),
+  (r"(cls|mask)_token", (None, None, EMBED)),
+  (r"class_embedding", (EMBED,)),
+  (r"pos_embed", (None, EMBED)),
+  (r"head/kernel", (EMBED, OUT)),
+  (r"head/bias", (OUT,)),
+  (r"proj", (EMBED, OUT)),  # CLIP's last
+)
+
+
+# ------------------------------------------------------------ the mesh
 
 
 def create_mesh(config: MeshConfig) -> Mesh:
   """All devices as a mesh of `axes.MESH_AXES`; a size of -1 takes what is left.
 
+  Several slices (TPU pods joined by a network, or the nodes of a GPU cluster) share the outermost axes, so that what
+  talks most stays inside of one.
+
   Raises:
-    InputError: the sizes do not multiply to the number of devices.
+    InputError: the sizes do not multiply to the number of devices, or `tensor` would cross slices.
   """
+  devices = jax.devices()
+  sizes = mesh_sizes(config, len(devices))
+  num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if num_slices == 1:
+    grid = jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes)).devices
+  else:
+    across = sizes_across_slices(sizes, num_slices)
+    within = [size // slices for size, slices in zip(sizes, across, strict=True)]
+    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+  return Mesh(_in_process_order(grid), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
+  """Devices along each of `axes.MESH_AXES`. Raises InputError where they do not multiply to `num_devices`."""
   sizes = [config.data, config.fsdp, config.tensor]
-  num_devices = jax.device_count()
-  known = int(np.prod([size for size in sizes if size != -1]))
+  known = math.prod(size for size in sizes if size != -1)
   sizes = [num_devices // known if size == -1 else size for size in sizes]
-  if int(np.prod(sizes)) != num_devices:
+  if math.prod(sizes) != num_devices:
     raise InputError(f"config.mesh data x fsdp x tensor = {sizes} does not fit {num_devices} devices; -1 infers a size")
-  return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+  return tuple(sizes)
+
+
+def sizes_across_slices(sizes: tuple[int, int, int], num_slices: int) -> tuple[int, int, int]:
+  """How many slices each mesh axis spans: as many as it can along `data`, and the rest along `fsdp`.
+
+  Raises:
+    InputError: so many slices do not fit into these two.
+  """
+  data, fsdp, tensor = sizes
+  along_data = math.gcd(data, num_slices)
+  along_fsdp = num_slices // along_data
+  if fsdp % along_fsdp:
+    raise InputError(
+      f"config.mesh data x fsdp x tensor = {list(sizes)} does not fit {num_slices} slices or nodes, of which data and"
+      f" fsdp have to be multiples: set config.mesh.tensor to at most their devices, or data to {num_slices}"
+    )
+  return along_data, along_fsdp, 1
+
+
+def describe(mesh: Mesh) -> str:
+  """Such as "8 cpu devices, data 2 x fsdp 2 x tensor 2"."""
+  platform = mesh.devices.flat[0].platform
+  if mesh.size == 1:
+    return f"1 {platform} device"
+  return f"{mesh.size} {platform} devices, " + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+
+
+# ------------------------------------------------------------ parameters and what follows them
+
+
+def shard(tree: Any, mesh: Mesh) -> Any:
+  """The sharding of each leaf of parameters, or of a train state around them.
+
+  Args:
+    tree: arrays or `jax.ShapeDtypeStruct`s; the names of all but scalars end as `PARAMETER_AXES` has them.
+    mesh: of `axes.MESH_AXES`.
+
+  Returns:
+    The same tree of `NamedSharding`s; scalars are on every device.
+
+  Raises:
+    ValueError: a name that `PARAMETER_AXES` does not have.
+  """
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: NamedSharding(mesh, parameter_spec(_name(path), leaf.shape, mesh.shape)), tree
+  )
+
+
+def parameter_spec(name: str, shape: Sequence[int], mesh_shape: Mapping[str, int]) -> PartitionSpec:
+  """How one parameter is split, or a part of the optimiser's state that is named after it. Raises as `shard`."""
+  if not shape:
+    return PartitionSpec()
+  split = _split(_axes_of(name, shape), shape, mesh_shape)
+  if not any(FSDP in axes for axes in split):  # any of its axes will do
+    for i in sorted(range(len(shape)), key=lambda i: -shape[i]):
+      if shape[i] % _product((*split[i], FSDP), mesh_shape) == 0:
+        split[i] = (*split[i], FSDP)
+        break
+  return _to_spec(split)
+
+
+def _axes_of(name: str, shape: Sequence[int]) -> tuple[str | None, ...]:
+  for pattern, axes in PARAMETER_AXES:
+    if re.fullmatch(f"(.*/)?{pattern}", name) and len(axes) == len(shape):
+      return axes
+  raise ValueError(f"sharding.PARAMETER_AXES has no rule for {name}, {list(shape)}")
+
+
+def _split(axes: Sequence[str | None], shape: Sequence[int], mesh_shape: Mapping[str, int]) -> list[tuple[str, ...]]:
+  """The mesh axes that share each axis, as the rules have it where the sizes allow."""
+  wanted = [RULES[axis] if axis else () for axis in axes]
+  return [on if size % _product(on, mesh_shape) == 0 else () for on, size in zip(wanted, shape, strict=True)]
+
+
+def _product(axes: Sequence[str], mesh_shape: Mapping[str, int]) -> int:
+  return math.prod(mesh_shape[axis] for axis in axes)
+
+
+def _to_spec(split: Sequence[tuple[str, ...]]) -> PartitionSpec:
+  return PartitionSpec(*(on[0] if len(on) == 1 else on or None for on in split))
+
+
+def _name(path: tuple[Any, ...]) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def put(params: Any, mesh: Mesh) -> Any:
+  """Host arrays -> each device's part of them on the devices, split as `shard` says."""
+
+  def place(leaf, sharding):
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda part: leaf[part])
+
+  return jax.tree.map(place, params, shard(params, mesh))
+
+
+# ------------------------------------------------------------ activations and batches
+
+
+def constrain_to(mesh: Mesh) -> Constrain:
+  """What models on a mesh are given as `constrain`."""
+  if mesh.size == 1:
+    return unconstrained
+
+  def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    spec = _to_spec(_split(axes, x.shape, mesh.shape))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+  return constrain
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -37,7 +196,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def num_shards(mesh: Mesh) -> int:
   """Into how many shares batches are split."""
-  return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+  return _product(BATCH_AXES, mesh.shape)
 
 
 def split_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
@@ -48,10 +207,11 @@ def split_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
 
 def check_batch_size(batch_size: int, mesh: Mesh, name: str) -> None:
   """Raises InputError where the devices cannot share the batch equally."""
-  shards = num_shards(mesh)
+  shards, tensor = num_shards(mesh), mesh.shape[TENSOR]
   if batch_size % shards:
+    devices = "devices" if tensor == 1 else f"groups of {tensor} devices"
     raise InputError(
-      f"{name}={batch_size} is not divisible by {shards} devices;"
+      f"{name}={batch_size} is not divisible by {shards} {devices};"
       f" {max(shards, batch_size // shards * shards)} or {(batch_size // shards + 1) * shards} would be"
     )
 
@@ -59,3 +219,54 @@ def check_batch_size(batch_size: int, mesh: Mesh, name: str) -> None:
 def to_global(batch: Any, sharding: NamedSharding) -> Any:
   """Numpy arrays of this process's rows -> global arrays."""
   return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+
+
+# ------------------------------------------------------------ processes
+
+
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+  """Which share of a global batch's rows this process feeds: (index, number of shares).
+
+  Processes that hold the same rows, because `tensor` crosses them, have the same share.
+
+  Raises:
+    InputError: see `row_shares`.
+  """
+  return row_shares(_owners(mesh.devices))[jax.process_index()]
+
+
+def row_shares(owners: np.ndarray) -> dict[int, tuple[int, int]]:
+  """The share of rows (index, number of shares) of each process.
+
+  Args:
+    owners: int [rows, tensor], the process of each device; a row of devices holds a share of the batch.
+
+  Raises:
+    InputError: the rows of a process are not one piece, or another has more.
+  """
+  rows = {process: np.flatnonzero((owners == process).any(axis=1)) for process in np.unique(owners).tolist()}
+  size = max(map(len, rows.values()))
+  if any(len(own) != size or own[-1] - own[0] != size - 1 or own[0] % size for own in rows.values()):
+    raise InputError(
+      "the processes do not hold equal shares of a batch; choose config.mesh.tensor so that it divides the devices of a"
+      " process or is a multiple of them, and give each process as many devices"
+    )
+  return {process: (int(own[0]) // size, len(owners) // size) for process, own in rows.items()}
+
+
+def _owners(devices: np.ndarray) -> np.ndarray:
+  return np.vectorize(lambda device: device.process_index, otypes=[int])(devices.reshape(-1, devices.shape[-1]))
+
+
+def _in_process_order(devices: np.ndarray) -> np.ndarray:
+  """The same grid, but with the rows of each process side by side where the network's best order scatters them.
+
+  A batch would else have its images in another order on another number of processes.
+  """
+  owners = _owners(devices)
+  try:
+    row_shares(owners)
+    return devices
+  except InputError:
+    order = np.argsort(owners.min(axis=1), kind="stable")
+    return devices.reshape(owners.shape)[order].reshape(devices.shape)

@@ -84,7 +84,8 @@ BAD = [
   ({"optim.accumulate_steps": 3}, "not divisible by config.optim.accumulate_steps=3"),
   ({"run.epochs": None}, "give config.run.steps or config.run.epochs"),
   ({"run.seed": -1}, "config.run.seed=-1"),
-  ({"mesh.fsdp": 2}, "must be 1 in this version"),
+  ({"mesh.fsdp": 0}, "config.mesh sizes (-1, 0, 1) must be positive, or -1"),
+  ({"mesh.fsdp": -1}, "only one of config.mesh.data, fsdp and tensor may be -1"),
 ]
 
 

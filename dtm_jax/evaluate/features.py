@@ -11,11 +11,13 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
-from dtm_jax import sharding
+from dtm_jax import console, distributed, sharding
 from dtm_jax.config import Config
 from dtm_jax.data.pipeline import BadImageMonitor, EvalBatch, eval_batches
 from dtm_jax.data.sources import Source
 from dtm_jax.errors import InputError, StoppedError
+
+_SMALL_FIELDS = ("label", "index", "valid")
 
 
 class Features(NamedTuple):
@@ -41,8 +43,7 @@ class FeatureExtractor:
 
   @functools.cached_property
   def _jitted(self):
-    split, replicated = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
-    return jax.jit(self.feature_fn, in_shardings=(replicated, split))
+    return jax.jit(self.feature_fn)
 
   def __call__(
     self,
@@ -55,7 +56,7 @@ class FeatureExtractor:
     """Each image once, in source order; a bar shows how far it is, where standard error is a terminal.
 
     Args:
-      params: of the model.
+      params: of the model; arrays of a mesh stay where they are, the host's come to every device.
       source: where images come from.
       limit: at most so many images, spread over the source; None is all.
       stop_requested: asked before each batch.
@@ -66,16 +67,30 @@ class FeatureExtractor:
       StoppedError: `stop_requested` was true.
     """
     batch_size, split = self.config.eval.batch_size, sharding.batch_sharding(self.mesh)
-    params = jax.device_put(params, sharding.replicated(self.mesh))
+    everywhere = sharding.replicated(self.mesh)
+    params = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, everywhere), params)
 
     def feature_fn(images):
-      return self._jitted(params, sharding.to_global(images, split))
+      return distributed.to_host(self._jitted(params, sharding.to_global(images, split)))
 
-    with contextlib.closing(eval_batches(self.config, source, batch_size, limit=limit)) as batches:
+    def of_all(rows):
+      return jax.tree.map(distributed.to_host, sharding.to_global(rows, split))
+
+    index, count = sharding.batch_share(self.mesh)
+    batches = eval_batches(self.config, source, batch_size, limit=limit, process_index=index, process_count=count)
+    with contextlib.closing(batches):
       monitor = BadImageMonitor(source, self.config.data.max_bad_fraction)
       total = len(source) if limit is None else min(limit, len(source))
-      with tqdm.tqdm(total=total, desc=title, unit="image", dynamic_ncols=True, leave=False, disable=None) as bar:
-        return extract_features(feature_fn, _watch(batches, monitor, bar, stop_requested))
+      with console.progress_bar(total=total, desc=title, unit="image", leave=False) as bar:
+        return extract_features(feature_fn, _watch(_global_rows(batches, of_all), monitor, bar, stop_requested))
+
+
+def _global_rows(
+  batches: Iterator[EvalBatch], of_all: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+) -> Iterator[EvalBatch]:
+  """The same batches, but for their images with the rows of all processes."""
+  for batch in batches:
+    yield batch if distributed.count() == 1 else batch | of_all({name: batch[name] for name in _SMALL_FIELDS})
 
 
 def _watch(
@@ -96,8 +111,8 @@ def extract_features(
   """Runs `feature_fn` over evaluation batches and drops the rows that only fill the last one.
 
   Args:
-    feature_fn: uint8 [b, S, S, 3] -> [b, ...]; jitted by the caller.
-    batches: dicts with `image` uint8 [b, S, S, 3], `label` int [b] and `valid` bool [b], False for padding rows.
+    feature_fn: uint8 [b, S, S, 3] -> [B, ...]; jitted by the caller. Of several processes each has b of B images.
+    batches: dicts with `image` uint8 [b, S, S, 3], `label` int [B] and `valid` bool [B], False for padding rows.
 
   Returns:
     Features and labels, in the order of the batches.

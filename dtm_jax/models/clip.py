@@ -11,8 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dtm_jax.axes import BATCH, HEADS, MLP
 from dtm_jax.models.attention import dot_product_attention
-from dtm_jax.models.layers import Dense, LayerNorm, PatchEmbed
+from dtm_jax.models.layers import Constrain, Dense, LayerNorm, PatchEmbed, unconstrained
 
 _EPSILON = 1e-5
 _MLP_RATIO = 4
@@ -48,13 +49,13 @@ class Attention(nn.Module):
   heads: int
   dtype: jnp.dtype
   implementation: str
+  constrain: Constrain
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     width = x.shape[-1]
-    query, key, value = (
-      Dense(width, dtype=self.dtype, name=name)(x).reshape(*x.shape[:-1], self.heads, -1) for name in "qkv"
-    )
+    features = (Dense(width, dtype=self.dtype, name=name)(x).reshape(*x.shape[:-1], self.heads, -1) for name in "qkv")
+    query, key, value = (self.constrain(of_heads, (BATCH, None, HEADS, None)) for of_heads in features)
     attended = dot_product_attention(query, key, value, None, self.implementation)
     return Dense(width, dtype=self.dtype, name="proj")(attended.reshape(x.shape))
 
@@ -63,11 +64,13 @@ class Mlp(nn.Module):
   """Two layers with QuickGELU between. [B, T, D] -> [B, T, D]."""
 
   dtype: jnp.dtype
+  constrain: Constrain
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     width = x.shape[-1]
-    hidden = quick_gelu(Dense(_MLP_RATIO * width, dtype=self.dtype, name="fc1")(x))
+    hidden = Dense(_MLP_RATIO * width, dtype=self.dtype, name="fc1")(x)
+    hidden = quick_gelu(self.constrain(hidden, (BATCH, None, MLP)))
     return Dense(width, dtype=self.dtype, name="fc2")(hidden)
 
 
@@ -77,12 +80,16 @@ class Block(nn.Module):
   heads: int
   dtype: jnp.dtype
   attention: str
+  constrain: Constrain
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    attention = Attention(self.heads, self.dtype, self.attention, name="attn")
-    x = x + attention(LayerNorm(_EPSILON, self.dtype, name="norm1")(x))
-    return x + Mlp(self.dtype, name="mlp")(LayerNorm(_EPSILON, self.dtype, name="norm2")(x))
+    attention = Attention(self.heads, self.dtype, self.attention, self.constrain, name="attn")
+    mlp = Mlp(self.dtype, self.constrain, name="mlp")
+    for norm, branch in (("norm1", attention), ("norm2", mlp)):
+      x = x + branch(LayerNorm(_EPSILON, self.dtype, name=norm)(x))
+      x = self.constrain(x, (BATCH, None, None))
+    return x
 
 
 class ClipVision(nn.Module):
@@ -99,6 +106,7 @@ class ClipVision(nn.Module):
     out_dim: K, the width of the space shared with text.
     dtype: Of matrix products; softmax and LayerNorm statistics are float32.
     attention: Implementation, see `models.attention`.
+    constrain: Tells who holds an activation; where there is a mesh, `sharding.constrain_to(mesh)`.
   """
 
   patch_size: int
@@ -109,6 +117,7 @@ class ClipVision(nn.Module):
   out_dim: int
   dtype: jnp.dtype = jnp.float32
   attention: str = "matmul"
+  constrain: Constrain = unconstrained
 
   @nn.compact
   def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -125,11 +134,11 @@ class ClipVision(nn.Module):
     x = LayerNorm(_EPSILON, name="ln_pre")(self._embed(images))
     self.sow("intermediates", "residual_stream", x)
     for i in range(self.depth):
-      x = Block(self.heads, self.dtype, self.attention, name=f"block_{i}")(x)
+      x = Block(self.heads, self.dtype, self.attention, self.constrain, name=f"block_{i}")(x)
       self.sow("intermediates", "residual_stream", x)
     x = LayerNorm(_EPSILON, self.dtype, name="ln_post")(x)
     projection = self.param("proj", nn.initializers.normal(self.width**-0.5), (self.width, self.out_dim))
-    projected = (x @ projection.astype(self.dtype)).astype(jnp.float32)
+    projected = self.constrain(x @ projection.astype(self.dtype), (BATCH, None, None)).astype(jnp.float32)
     return projected[:, 1:], projected[:, 0]
 
   def pooled(self, images: jax.Array) -> jax.Array:
@@ -150,4 +159,4 @@ class ClipVision(nn.Module):
     grid = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
     tokens = patches + resize_positions(positions[1:], self.grid, grid)
     first = jnp.broadcast_to(class_embedding + positions[0], (images.shape[0], 1, self.width))
-    return jnp.concatenate([first, tokens], axis=1)
+    return self.constrain(jnp.concatenate([first, tokens], axis=1), (BATCH, None, None))

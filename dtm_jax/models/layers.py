@@ -1,10 +1,20 @@
 """Building blocks that every tower shares, written so that XLA's backward pass is fast."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+# (activation, logical axis or None of each of its axes) -> the activation, told who holds it.
+Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+
+
+def unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+  """A `Constrain` that leaves it to the compiler."""
+  del axes
+  return x
 
 
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:

@@ -6,8 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dtm_jax.axes import BATCH, HEADS, MLP
 from dtm_jax.models.attention import dot_product_attention, num_relative_positions, relative_position_bias
-from dtm_jax.models.layers import Dense, LayerNorm, PatchEmbed, gelu
+from dtm_jax.models.layers import Constrain, Dense, LayerNorm, PatchEmbed, gelu, unconstrained
 
 _EPSILON = 1e-6
 _INIT_STD = 0.02
@@ -40,6 +41,7 @@ class Attention(nn.Module):
   dtype: jnp.dtype
   implementation: str
   kernel_init: KernelInit
+  constrain: Constrain
 
   @nn.compact
   def __call__(self, x: jax.Array, shared_table: jax.Array | None) -> jax.Array:
@@ -49,7 +51,8 @@ class Attention(nn.Module):
 
     def heads_of(name: str, use_bias: bool) -> jax.Array:
       dense = Dense(width, use_bias=use_bias, dtype=self.dtype, kernel_init=self.kernel_init(1.0), name=name)
-      return dense(x).reshape(batch, length, self.heads, width // self.heads)
+      features = dense(x).reshape(batch, length, self.heads, width // self.heads)
+      return self.constrain(features, (BATCH, None, HEADS, None))
 
     query, key, value = heads_of("q", True), heads_of("k", False), heads_of("v", True)
     bias = relative_position_bias(table, self.grid)
@@ -63,11 +66,13 @@ class Mlp(nn.Module):
   depth_divisor: float
   dtype: jnp.dtype
   kernel_init: KernelInit
+  constrain: Constrain
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     width = x.shape[-1]
-    x = gelu(Dense(_MLP_RATIO * width, dtype=self.dtype, kernel_init=self.kernel_init(1.0), name="fc1")(x))
+    x = Dense(_MLP_RATIO * width, dtype=self.dtype, kernel_init=self.kernel_init(1.0), name="fc1")(x)
+    x = gelu(self.constrain(x, (BATCH, None, MLP)))
     return Dense(width, dtype=self.dtype, kernel_init=self.kernel_init(self.depth_divisor), name="fc2")(x)
 
 
@@ -81,15 +86,17 @@ class Block(nn.Module):
   dtype: jnp.dtype
   attention: str
   kernel_init: KernelInit
+  constrain: Constrain
 
   @nn.compact
   def __call__(self, x: jax.Array, shared_table: jax.Array | None, branch_scale: jax.Array | None) -> jax.Array:
     """Args: x float32 [B, T, D]; shared_table [rows, heads]; branch_scale [2, B], stochastic depth's 0 or 1 / keep."""
     depth_divisor = (2 * self.layer) ** 0.5
+    shared = (depth_divisor, self.dtype)
     attention = Attention(
-      self.heads, self.grid, depth_divisor, self.dtype, self.attention, self.kernel_init, name="attn"
+      *(self.heads, self.grid, *shared, self.attention), self.kernel_init, self.constrain, name="attn"
     )
-    mlp = Mlp(depth_divisor, self.dtype, self.kernel_init, name="mlp")
+    mlp = Mlp(*shared, self.kernel_init, self.constrain, name="mlp")
     branches = (
       ("norm1", "gamma_1", lambda y: attention(y, shared_table)),
       ("norm2", "gamma_2", mlp),
@@ -99,6 +106,7 @@ class Block(nn.Module):
       if branch_scale is not None:
         scale = scale * branch_scale[i, :, None, None]
       x = x + scale * branch(LayerNorm(_EPSILON, self.dtype, name=norm)(x))
+      x = self.constrain(x, (BATCH, None, None))
     return x
 
 
@@ -121,6 +129,7 @@ class Backbone(nn.Module):
   attention: str = "matmul"
   scan_layers: bool = False
   remat: bool = False
+  constrain: Constrain = unconstrained  # where there is a mesh, `sharding.constrain_to(mesh)`
 
   kernel_init = staticmethod(truncated_normal)  # a KernelInit
 
@@ -128,9 +137,8 @@ class Backbone(nn.Module):
     init = self.kernel_init
     self.cls_token = self.param("cls_token", init(1.0), (1, 1, self.width))
     self.patch_embed = PatchEmbed(self.width, self.patch_size, kernel_init=init(1.0), dtype=self.dtype)
-    self.block = [
-      Block(i + 1, self.heads, self.grid, self.layer_scale, self.dtype, self.attention, init) for i in range(self.depth)
-    ]
+    sizes = (self.heads, self.grid, self.layer_scale, self.dtype, self.attention)
+    self.block = [Block(i + 1, *sizes, init, self.constrain) for i in range(self.depth)]
 
   def _embed(self, images, mask=None, mask_token=None):
     """Class token, then patches, masked ones replaced by the mask token."""
@@ -138,6 +146,7 @@ class Backbone(nn.Module):
     if mask is not None:
       x = jnp.where(mask[..., None], mask_token, x)
     x = jnp.concatenate([jnp.broadcast_to(self.cls_token, (x.shape[0], 1, self.width)), x], axis=1)
+    x = self.constrain(x, (BATCH, None, None))
     self.sow("intermediates", "residual_stream", x)
     return x
 
@@ -200,7 +209,7 @@ class ViT(Backbone, kw_only=True):
       float32 [B, N, out_dim], without the class token.
     """
     tokens = self._encode(images, mask, image_keys)
-    return self.head(tokens[:, 1:]).astype(jnp.float32)
+    return self.constrain(self.head(tokens[:, 1:]), (BATCH, None, None)).astype(jnp.float32)
 
   def features(self, images: jax.Array) -> jax.Array:
     """float32 [B, H, W, 3] -> float32 [B, 1 + N, D]: class and patch tokens after the final norm, nothing masked."""
@@ -246,7 +255,8 @@ class Classifier(Backbone, kw_only=True):
     Returns:
       float32 [B, num_classes], logits.
     """
-    return self.head(self._pool(self._blocks(self._embed(images), image_keys))).astype(jnp.float32)
+    pooled = self._pool(self._blocks(self._embed(images), image_keys))
+    return self.constrain(self.head(pooled), (BATCH, None)).astype(jnp.float32)
 
   def features(self, images: jax.Array) -> jax.Array:
     """float32 [B, H, W, 3] -> float32 [B, 1 + N, D]: class and patch tokens after the last block."""

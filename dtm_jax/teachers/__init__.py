@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Callable
 
 from dtm_jax.config import Config, DataConfig
+from dtm_jax.models.layers import Constrain, unconstrained
 from dtm_jax.models.vit import Classifier, ViT
 from dtm_jax.teachers.base import Params, Teacher
 from dtm_jax.teachers.checkpoint import CheckpointTeacher, check_grid, load_tower
@@ -15,7 +16,9 @@ __all__ = ["CheckpointTeacher", "ClipTeacher", "HogTeacher", "PixelsTeacher", "P
 
 
 def create_teacher(
-  config: Config, restore_tower: Callable[[pathlib.Path], tuple[ViT | Classifier, Params, DataConfig]]
+  config: Config,
+  restore_tower: Callable[[pathlib.Path], tuple[ViT | Classifier, Params, DataConfig]],
+  constrain: Constrain = unconstrained,
 ) -> tuple[Teacher, Params]:
   """Builds the teacher that the config names.
 
@@ -23,6 +26,7 @@ def create_teacher(
     config: Of the run.
     restore_tower: Reads a work folder of this program: the model's module,
       parameters and data settings. Called for `teacher.kind="checkpoint"` with a folder only.
+    constrain: Of its activations, see `models.layers`.
 
   Returns:
     The teacher, and its parameters (numpy, {} for hog and pixels) apart, for
@@ -37,12 +41,12 @@ def create_teacher(
     case "pixels":
       return PixelsTeacher(config.model.patch_size), {}
     case "clip":
-      return _create_clip(config)
+      return _create_clip(config, constrain)
     case _:
-      return _create_checkpoint(config, restore_tower)
+      return _create_checkpoint(config, restore_tower, constrain)
 
 
-def _create_clip(config: Config) -> tuple[ClipTeacher, Params]:
+def _create_clip(config: Config, constrain: Constrain) -> tuple[ClipTeacher, Params]:
   own = config.teacher.normalization == "clip"
   return load_clip_teacher(
     config.teacher.weights,
@@ -52,12 +56,13 @@ def _create_clip(config: Config) -> tuple[ClipTeacher, Params]:
     std=CLIP_STD if own else config.data.std,
     dtype=config.teacher.dtype,
     attention=config.model.attention,
+    constrain=constrain,
   )
 
 
-def _create_checkpoint(config: Config, restore_tower) -> tuple[CheckpointTeacher, Params]:
+def _create_checkpoint(config: Config, restore_tower, constrain: Constrain) -> tuple[CheckpointTeacher, Params]:
   path, digest, data = pathlib.Path(config.teacher.weights).expanduser(), "", config.data
-  options = {"dtype": config.teacher.dtype, "attention": config.model.attention}
+  options = {"dtype": config.teacher.dtype, "attention": config.model.attention, "constrain": constrain}
   if path.is_dir():
     tower, params, data = restore_tower(path)  # it is shown images as it was in its own run
     tower = tower.clone(**options)
