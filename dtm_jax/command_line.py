@@ -1,6 +1,7 @@
 """From the words of a command line to a config and a work folder."""
 
 import pathlib
+from typing import NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -12,19 +13,56 @@ _PACKAGE = pathlib.Path(__file__).parent
 _CONFIG_FOLDER = next(folder for folder in (_PACKAGE.parent / "configs", _PACKAGE / "configs") if folder.is_dir())
 
 
-def parse(argv: list[str]) -> tuple[ConfigDict, pathlib.Path]:
+class Plan(NamedTuple):
+  """How a step is compiled without being run: see `ahead_of_time`.
+
+  Attributes:
+    topology: the devices, "cpu:8" or "v5e:4x4"; "" for those of this machine.
+    chip: what they can do, see `roofline.parse_chip`; "" for what is known of them.
+    mfu: share of their FLOP/s that matrix products are assumed to reach.
+  """
+
+  topology: str
+  chip: str
+  mfu: float
+
+
+class Command(NamedTuple):
+  """What a command line asks for.
+
+  Attributes:
+    config: of the run, unresolved.
+    workdir: of the run.
+    plan: where the step is only to be compiled, else None.
+  """
+
+  config: ConfigDict
+  workdir: pathlib.Path
+  plan: Plan | None
+
+
+def parse(argv: list[str]) -> Command:
   """Reads `--config`, its overrides and `--workdir`; the default is the quickstart in `runs/NAME_OF_CONFIG`.
 
   Args:
     argv: the program, then its arguments.
 
   Raises:
-    InputError: see `parse_config`.
+    InputError: see `parse_config`; or options of `--compile_only` without it.
   """
   values = flags.FlagValues()
   workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
+  compile_only = flags.DEFINE_bool("compile_only", False, "", flag_values=values)
+  # Of `Plan`.
+  topology = flags.DEFINE_string("topology", "", "", flag_values=values)
+  chip = flags.DEFINE_string("chip", "", "", flag_values=values)
+  mfu = flags.DEFINE_float("mfu", 0.4, "", lower_bound=0.01, upper_bound=1.0, flag_values=values)
   config, name = _parse(argv, values)
-  return config, pathlib.Path(workdir.value or f"runs/{name}")
+  given = [flag.name for flag in (topology, chip, mfu) if flag.present]
+  if given and not compile_only.value:
+    raise InputError(f"--{given[0]} is for --compile_only, which trains nothing; give both, or neither")
+  plan = Plan(topology.value, chip.value, mfu.value) if compile_only.value else None
+  return Command(config, pathlib.Path(workdir.value or f"runs/{name}"), plan)
 
 
 def parse_config(argv: list[str]) -> ConfigDict:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -16,10 +16,10 @@ import optax
 from absl import logging
 from jax.sharding import Mesh
 
-from dtm_jax import distributed, loop, metrics, sharding
+from dtm_jax import compile_cache, distributed, loop, metrics, sharding
 from dtm_jax import workdir as workdirs
 from dtm_jax.checkpoint import BEST_FOLDER, CheckpointStore, saved_steps
-from dtm_jax.config import Config, to_json
+from dtm_jax.config import Config, DataConfig, to_json
 from dtm_jax.data.pipeline import BadImageMonitor, Batch, eval_batches, train_batches
 from dtm_jax.data.sources import Source, open_source
 from dtm_jax.data.transforms import RESAMPLER
@@ -48,15 +48,24 @@ class Setup:
   total_steps: int
 
 
-def open_setup(config: Config) -> Setup:
+def open_setup(
+  config: Config,
+  devices: Sequence[jax.Device] | None = None,
+  open_source: Callable[[DataConfig, str], Source] = open_source,
+) -> Setup:
   """Opens the data and the devices.
+
+  Args:
+    config: of the run.
+    devices: all there are for None.
+    open_source: gives the images of split "train" or "eval".
 
   Raises:
     InputError: they are missing or do not fit the settings.
   """
-  if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+  mesh = sharding.create_mesh(config.mesh, devices)
+  if config.model.attention == "cudnn" and mesh.devices.flat[0].platform != "gpu":
     raise InputError("config.model.attention='cudnn' needs a GPU; choose 'xla' or 'matmul'")
-  mesh = sharding.create_mesh(config.mesh)
   micro_batch = config.data.batch_size // config.optim.accumulate_steps
   sharding.check_batch_size(micro_batch, mesh, "config.data.batch_size / config.optim.accumulate_steps")
   sharding.check_batch_size(config.eval.batch_size, mesh, "config.eval.batch_size")
@@ -89,9 +98,18 @@ class Parts(Setup, abc.ABC):
   def record(self) -> dict[str, Any]:
     """Entries of `config.json` that only the task knows."""
 
+  @property
   @abc.abstractmethod
+  def jitted_step(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """`(*step_arguments) -> (state, metrics)`, compiled once; gives its state's memory away."""
+
+  @abc.abstractmethod
+  def step_arguments(self, state: TrainState, batch: Any) -> tuple[Any, ...]:
+    """What `jitted_step` takes, the state first."""
+
   def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step, compiled once; gives its state's memory away."""
+    """One step; gives its state's memory away."""
+    return self.jitted_step(*self.step_arguments(state, batch))
 
   @property
   @abc.abstractmethod
@@ -263,7 +281,7 @@ class _Session:
       self.writer.write(step, values | {"bad_images": monitor.count} | ({"bad_indices": new} if new else {}))
 
     training = loop.Loop(
-      train_step=parts.train_step,
+      train_step=compile_cache.told(parts.train_step),
       place=parts.place,
       num_steps=parts.total_steps,
       batch_size=config.data.batch_size,

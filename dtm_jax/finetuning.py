@@ -57,15 +57,16 @@ class Parts(experiment.Parts):
     return jax.jit(create, out_shardings=self.state_shardings)(params), checkpoint.sha256
 
   @functools.cached_property
-  def _jitted_step(self):
+  def jitted_step(self):
+    """`(state, batch) -> (state, metrics)`, compiled once; gives its state's memory away."""
     prepare = functools.partial(finetune.augment, self.config, self.model.num_classes)
     step = finetune.make_train_step(self.config, self.model, self.optimizer, self.schedule, prepare)
     split, replicated = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
     shardings = {"in_shardings": (self.state_shardings, split), "out_shardings": (self.state_shardings, replicated)}
     return jax.jit(step, **shardings, donate_argnums=0)
 
-  def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-    return self._jitted_step(state, batch)
+  def step_arguments(self, state: TrainState, batch: Any) -> tuple[Any, ...]:
+    return state, batch
 
   def place(self, batch: loop.HostBatch) -> Any:
     """See `experiment.Parts.place`. Raises InputError where a label is no class."""
@@ -154,14 +155,18 @@ def build(config: Config) -> Parts:
   Raises:
     InputError: they are missing or do not fit the settings, or the images have no classes.
   """
-  setup = experiment.open_setup(config)
+  return assemble(experiment.open_setup(config))
+
+
+def assemble(setup: experiment.Setup) -> Parts:
+  """The parts around the data. Raises InputError where the images have no classes."""
   num_classes = setup.train_source.num_classes
   if num_classes is None:
     raise InputError("the training images have no classes to learn; name data that has (config.data)")
   evaluated = setup.eval_source.num_classes
   if evaluated != num_classes:
     raise InputError(f"{num_classes} classes to learn and {evaluated} to be evaluated; mend the splits of config.data")
-  model = create_classifier(config, num_classes).clone(constrain=sharding.constrain_to(setup.mesh))
+  model = create_classifier(setup.config, num_classes).clone(constrain=sharding.constrain_to(setup.mesh))
   return Parts(**vars(setup), model=model)
 
 

@@ -1,5 +1,10 @@
 """`python -m dtm_jax.main --config=configs/NAME.py --workdir=DIR [--config.path.to.key=value]`.
 
+With `--compile_only` nothing is trained or written: the step is compiled, without data or weights, for the devices of
+this machine, for `--topology=cpu:N` or for a TPU slice (`--topology=v5e:4x4`, where libtpu is installed). What it needs
+is printed: memory of each device, FLOPs, bytes, and how long it takes at least on `--chip=NAME` (or TFLOPS,GB/S,GIB)
+with matrix products at `--mfu=0.4` of the peak. The exit code is 2 where it does not fit.
+
 Several processes train as one where the environment says so: Slurm, a TPU pod, Open MPI, an indexed Kubernetes job, or
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, as `launch/local.sh N ARGS...` sets them.
 
@@ -30,8 +35,10 @@ def main(argv: list[str]) -> int:
     print(__doc__)
     return 0
   try:
-    config, workdir = command_line.parse(argv)
+    config, workdir, plan = command_line.parse(argv)
     console.log_plainly()
+    if plan is not None:
+      return _compile(config, plan)
     return _run(config, workdir, shlex.join([sys.executable, "-m", "dtm_jax.main", *argv[1:]]))
   except (InputError, OSError) as error:
     code = console.tell(error)
@@ -40,15 +47,26 @@ def main(argv: list[str]) -> int:
     return code
 
 
+def _compile(settings: ConfigDict, plan: command_line.Plan) -> int:
+  import jax
+
+  from dtm_jax import ahead_of_time, config
+
+  with jax.default_matmul_precision("float32"):  # as in training
+    ahead_of_time.run(config.resolve(settings), plan)
+  return 0
+
+
 def _run(settings: ConfigDict, workdir: pathlib.Path, command: str) -> int:
   # Not before the options are right: the backend takes seconds to start.
   import jax
 
-  from dtm_jax import config, distributed, evaluation, finetuning, loop, pretraining
+  from dtm_jax import compile_cache, config, distributed, evaluation, finetuning, loop, pretraining
 
   tasks = {"pretrain": pretraining.run, "finetune": finetuning.run, "evaluate": evaluation.run}
 
   distributed.initialize()
+  compile_cache.enable()
   with _stop_requests() as stop_requested, distributed.ending_at_once(loop.NonFiniteError):
     try:
       # float32 means float32, on TPUs and GPUs too; products of bfloat16 are not concerned.

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from dtm_jax.config import Config
 from dtm_jax.evaluate.features import FeatureExtractor
 from dtm_jax.evaluate.knn import knn_accuracy
 from dtm_jax.evaluate.steps import make_feature_fn, make_label_fn
+from dtm_jax.models.layers import Constrain
 from dtm_jax.models.vit import ViT
 from dtm_jax.networks import create_student
 from dtm_jax.restore import restore_tower
@@ -58,8 +60,8 @@ class Parts(experiment.Parts):
     shardings = {"in_shardings": (of_state, of_teacher, split), "out_shardings": (of_state, replicated)}
     return jax.jit(step, **shardings, donate_argnums=0)
 
-  def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-    return self.jitted_step(state, self.teacher_params, batch)
+  def step_arguments(self, state: TrainState, batch: Any) -> tuple[Any, ...]:
+    return state, self.teacher_params, batch
 
   @functools.cached_property
   def is_evaluated(self) -> bool:
@@ -111,14 +113,20 @@ def build(config: Config) -> Parts:
     InputError: any of them is missing or does not fit the others.
   """
   setup = experiment.open_setup(config)
+
+  def open_teacher(constrain: Constrain) -> tuple[Teacher, Any]:
+    teacher, params = create_teacher(config, restore_tower, constrain)
+    return teacher, sharding.put(params, setup.mesh)
+
+  return assemble(setup, open_teacher)
+
+
+def assemble(setup: experiment.Setup, open_teacher: Callable[[Constrain], tuple[Teacher, Any]]) -> Parts:
+  """The parts around a teacher and its parameters (on the devices, or their shapes only, to compile for)."""
   constrain = sharding.constrain_to(setup.mesh)
-  teacher, teacher_params = create_teacher(config, restore_tower, constrain)
-  return Parts(
-    **vars(setup),
-    model=create_student(config, teacher.out_dim).clone(constrain=constrain),
-    teacher=teacher,
-    teacher_params=sharding.put(teacher_params, setup.mesh),
-  )
+  teacher, teacher_params = open_teacher(constrain)
+  student = create_student(setup.config, teacher.out_dim).clone(constrain=constrain)
+  return Parts(**vars(setup), model=student, teacher=teacher, teacher_params=teacher_params)
 
 
 def run(config: Config, workdir: pathlib.Path, command: str, stop_requested: experiment.StopRequested) -> bool:

@@ -46,25 +46,15 @@ PARAMETER_AXES = (
 # ------------------------------------------------------------ the mesh
 
 
-def create_mesh(config: MeshConfig) -> Mesh:
-  """All devices as a mesh of `axes.MESH_AXES`; a size of -1 takes what is left.
-
-  Several slices (TPU pods joined by a network, or the nodes of a GPU cluster) share the outermost axes, so that what
-  talks most stays inside of one.
+def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The devices, all for None, as a mesh of `axes.MESH_AXES`; a size of -1 takes what is left.
 
   Raises:
     InputError: the sizes do not multiply to the number of devices, or `tensor` would cross slices.
   """
-  devices = jax.devices()
-  sizes = mesh_sizes(config, len(devices))
-  num_slices = len({getattr(device, "slice_index", 0) for device in devices})
-  if num_slices == 1:
-    grid = jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes)).devices
-  else:
-    across = sizes_across_slices(sizes, num_slices)
-    within = [size // slices for size, slices in zip(sizes, across, strict=True)]
-    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
-  return Mesh(_in_process_order(grid), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+  devices = jax.devices() if devices is None else devices
+  grid = device_grid(devices, mesh_sizes(config, len(devices)))
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * grid.ndim)
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
@@ -75,6 +65,21 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
   if math.prod(sizes) != num_devices:
     raise InputError(f"config.mesh data x fsdp x tensor = {sizes} does not fit {num_devices} devices; -1 infers a size")
   return tuple(sizes)
+
+
+def device_grid(devices: Sequence[jax.Device], sizes: tuple[int, int, int]) -> np.ndarray:
+  """Devices in the order that their network likes best, objects [data, fsdp, tensor].
+
+  Several slices (TPU pods that a slower network joins, and for JAX the nodes of a GPU cluster, too) share the outer
+  axes, so that what talks most stays inside of one. Raises InputError where they do not fit.
+  """
+  num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+  options = {"devices": devices, "allow_split_physical_axes": True}
+  if num_slices == 1:
+    return _in_process_order(mesh_utils.create_device_mesh(sizes, **options))
+  across = sizes_across_slices(sizes, num_slices)
+  within = [size // slices for size, slices in zip(sizes, across, strict=True)]
+  return _in_process_order(mesh_utils.create_hybrid_device_mesh(within, across, **options))
 
 
 def sizes_across_slices(sizes: tuple[int, int, int], num_slices: int) -> tuple[int, int, int]:

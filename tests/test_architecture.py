@@ -21,7 +21,7 @@ RANKS = {
   "augment": 2,
   "morphing": 3,
   **dict.fromkeys(("teachers", "losses"), 4),
-  **dict.fromkeys(("optim", "sharding", "train_state"), 5),
+  **dict.fromkeys(("optim", "sharding", "train_state", "roofline", "compile_cache", "collectives"), 5),
   **dict.fromkeys(("steps", "networks"), 6),
   **dict.fromkeys(("checkpoint", "metrics"), 7),
   "loop": 8,
@@ -30,7 +30,7 @@ RANKS = {
   "experiment": 11,
   "command_line": 11,
   **dict.fromkeys(("pretraining", "finetuning", "evaluation", "inference"), 12),
-  **dict.fromkeys(("numerics", "export", "study"), 13),
+  **dict.fromkeys(("numerics", "export", "study", "ahead_of_time"), 13),
   "main": 14,
   "__main__": 15,
 }

@@ -11,7 +11,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*load_module:DeprecationWarning
 
 
 def parse(*words: str):
-  return command_line.parse(["main", *words])
+  """Config and work folder."""
+  return command_line.parse(["main", *words])[:2]
 
 
 def test_the_default_is_the_quickstart():

@@ -1,0 +1,132 @@
+"""What devices say to each other in a compiled program, read from its text."""
+
+import math
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+OPERATIONS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+
+_BITS = {"pred": 8, "token": 0}  # others end with their number of bits
+_SHAPE = re.compile(r"\b(pred|[a-z]+\d+)[a-z0-9]*\[([\d,]*)\]")
+_INSTRUCTION = re.compile(
+  rf"^ *(?:ROOT )?%?[\w.-]+ = (?P<shape>.+?) (?P<operation>{'|'.join(OPERATIONS)})(?P<start>-start)?\((?P<rest>.*)$"
+)
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{ *$")
+_CALLED = re.compile(
+  r"(?:body|to_apply|calls|called_computations|branch_computations)=\{?(%?[\w.-]+(?:, ?%?[\w.-]+)*)\}?"
+)
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_EXPLICIT_GROUP = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+_IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
+_SCATTER = "all-reduce-scatter"  # how XLA names the fusion in which TPUs scatter what they reduce
+
+
+class Collective(NamedTuple):
+  """One collective operation of a program.
+
+  Attributes:
+    operation: one of `OPERATIONS`.
+    bytes: of the whole array that it is about: the reduced, gathered or still unscattered one, of one group.
+    group_size: devices that take part together.
+    count: how often it runs in a call of the program, or None in a loop of which the program does not tell how long
+      it runs.
+  """
+
+  operation: str
+  bytes: int
+  group_size: int
+  count: int | None
+
+  @property
+  def sent(self) -> float:
+    """Bytes that a device sends each time, at the least: an all-reduce is a reduce-scatter and an all-gather."""
+    others = (self.group_size - 1) / self.group_size
+    share = {"all-reduce": 2 * others, "collective-permute": 1.0}
+    return self.bytes * share.get(self.operation, others)
+
+
+def find(hlo: str, num_devices: int) -> list[Collective]:
+  """The collectives of a compiled program.
+
+  Args:
+    hlo: what `compiled.as_text()` gives.
+    num_devices: of the program, for operations among all of them.
+  """
+  computations, entry = _computations(hlo)
+  counts = _counts(computations, entry)
+  found = []
+  for name, lines in computations.items():
+    for line in lines:
+      match = _INSTRUCTION.match(line)
+      if match:
+        count = counts.get(name)
+        found += [] if count == 0 else [_read(match, name, num_devices, count)]
+  return found
+
+
+def _read(match: re.Match, computation: str, num_devices: int, count: int | None) -> Collective:
+  operation, rest = match["operation"], match["rest"]
+  sizes = _sizes(match["shape"])
+  if match["start"] and operation != "all-reduce":  # (operands, results, ...): the larger half is the whole array
+    sizes = [max(sizes)]
+  group = _group_size(rest, num_devices)
+  size = sum(sizes) * (group if operation == "reduce-scatter" and not match["start"] else 1)
+  if operation == "all-reduce" and _SCATTER in computation:
+    operation = "reduce-scatter"
+  return Collective(operation, size, group, count)
+
+
+def _sizes(shapes: str) -> list[int]:
+  """Bytes of each array of a (tuple's) shape."""
+  return [
+    _BITS.get(kind, int(re.sub(r"\D", "", kind) or 0)) * math.prod(map(int, filter(None, sides.split(",")))) // 8
+    for kind, sides in _SHAPE.findall(re.sub(r"\{[^}]*\}", "", shapes))
+  ]
+
+
+def _group_size(attributes: str, num_devices: int) -> int:
+  if match := _EXPLICIT_GROUP.search(attributes):
+    return match[1].count(",") + 1
+  match = _IOTA_GROUPS.search(attributes)
+  return int(match[2]) if match else num_devices
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+  """Lines by computation, and the name of the one that runs."""
+  computations, entry, name = {}, "", ""
+  for line in hlo.splitlines():
+    if match := _COMPUTATION.match(line):
+      name = match["name"]
+      computations[name] = []
+      entry = name if match["entry"] else entry
+    elif name:
+      computations[name].append(line)
+  return computations, entry
+
+
+def _counts(computations: dict[str, list[str]], entry: str) -> dict[str, int | None]:
+  """How often each computation runs."""
+  counts = {}
+
+  def visit(name: str, times: int | None) -> None:
+    if name not in computations:
+      return
+    known = counts.get(name, 0)
+    counts[name] = None if known is None or times is None else known + times
+    for line in computations[name]:
+      trips = _TRIPS.search(line)
+      is_loop = _CONDITION.search(line) is not None
+      inner = times if not is_loop else None if times is None or trips is None else times * int(trips[1])
+      for called in _called(line):
+        visit(called, inner)
+
+  visit(entry, 1)
+  return counts
+
+
+def _called(line: str) -> Iterable[str]:
+  names = [name.strip().lstrip("%") for match in _CALLED.finditer(line) for name in match[1].split(",")]
+  condition = _CONDITION.search(line)
+  return [*names, *([condition[1]] if condition else [])]

@@ -1,0 +1,83 @@
+"""Compiled programs are kept from one run to the next."""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from absl import logging
+
+_HIT = "/jax/compilation_cache/cache_hits"
+
+
+def enable() -> None:
+  """Keeps compiled programs in the user's cache folder, unless jax was told where, or to keep none.
+
+  JAX_COMPILATION_CACHE_DIR names another folder, or with an empty value none. A folder that cannot be written is
+  a warning: the run compiles as it would without.
+  """
+  if jax.config.jax_compilation_cache_dir is not None:
+    return
+  folder = default_folder()
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+      raise PermissionError("no permission to write to it")
+  except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+    logging.warning("compiled programs are not kept in %s (%s); JAX_COMPILATION_CACHE_DIR names another", folder, error)
+    return
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def default_folder() -> pathlib.Path:
+  """One for each kind of processor: programs for CPUs are machine code, and homes are shared by machines."""
+  caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path("~/.cache").expanduser()
+  return pathlib.Path(caches) / "dtm_jax" / "compiled" / f"{platform.machine()}-{_cpu_features()}"
+
+
+def _cpu_features() -> str:
+  """A short digest of what the processor can do; the same for those that run each other's programs."""
+  cpuinfo = pathlib.Path("/proc/cpuinfo")
+  lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
+  told = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
+  return hashlib.sha256(" ".join(sorted(told.split())).encode()).hexdigest()[:8]
+
+
+def told(step: Callable[..., Any]) -> Callable[..., Any]:
+  """The same step, which logs how long its first call took to be ready, and whether its program was kept."""
+  is_ready = False
+
+  def tell(*arguments: Any) -> Any:
+    nonlocal is_ready
+    if is_ready:
+      return step(*arguments)
+    is_ready = True
+    start = time.perf_counter()
+    with _hits() as hits:
+      result = step(*arguments)  # returns as soon as its work is handed to the devices
+    how = "from the compile cache" if hits else "compiled"
+    logging.info("step %s in %.1f s", how, time.perf_counter() - start)
+    return result
+
+  return tell
+
+
+@contextlib.contextmanager
+def _hits() -> Iterator[list[str]]:
+  """Lists what of jax's programs is found in its cache meanwhile."""
+  hits = []
+
+  def listen(event: str, **details: Any) -> None:
+    if event == _HIT:
+      hits.append(event)
+
+  jax.monitoring.register_event_listener(listen)
+  try:
+    yield hits
+  finally:
+    jax.monitoring.unregister_event_listener(listen)
