@@ -129,15 +129,19 @@ def shard(tree: Any, mesh: Mesh) -> Any:
 
 
 def parameter_spec(name: str, shape: Sequence[int], mesh_shape: Mapping[str, int]) -> PartitionSpec:
-  """How one parameter is split, or a part of the optimiser's state that is named after it. Raises as `shard`."""
+  """How one parameter is split, or a part of the optimiser's state that is named after it. Raises as `shard`.
+
+  What the rules leave whole over `fsdp` or `tensor` is split along the longest of its axes that can be, so that no
+  device holds more of the state than its share.
+  """
   if not shape:
     return PartitionSpec()
   split = _split(_axes_of(name, shape), shape, mesh_shape)
-  if not any(FSDP in axes for axes in split):  # any of its axes will do
-    for i in sorted(range(len(shape)), key=lambda i: -shape[i]):
-      if shape[i] % _product((*split[i], FSDP), mesh_shape) == 0:
-        split[i] = (*split[i], FSDP)
-        break
+  for unused in (axis for axis in (FSDP, TENSOR) if not any(axis in on for on in split)):
+    fits = [i for i, on in enumerate(split) if shape[i] % _product((*on, unused), mesh_shape) == 0]
+    if fits:
+      longest = max(fits, key=lambda i: shape[i])
+      split[longest] = (*split[longest], unused)
   return _to_spec(split)
 
 
