@@ -41,7 +41,7 @@ _HEARTBEAT_SECONDS = 40  # without a sign of life a process counts as dead, and 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _REMEDY = f"set {', '.join(_VARIABLES)} for every process, or none of them"
 # In the message of a collective operation or a meeting that another process has not come to.
-_SIGNS_OF_LOSS = ("Gloo", "NCCL", "coordination", "Connection reset", "Connection closed")
+_SIGNS_OF_LOSS = ("Gloo", "NCCL", "CoordinationService", "coordination_service")
 
 _meetings = itertools.count()
 T = TypeVar("T")
@@ -313,17 +313,16 @@ def ending_at_once(*shared: type[Exception]) -> Iterator[None]:
 
 def tell(error: Exception) -> int:
   """Says why one of several processes ends; returns its exit code."""
-  code = console.tell(error)
-  if code is not None:
-    return code
   if any(sign in str(error) for sign in _SIGNS_OF_LOSS):
     return console.fail(
       f"another process has ended or cannot be reached ({_first_line(error)}); see its messages, then start all of"
       " them again: they go on from the last checkpoint",
       console.EXIT_FAILED,
     )
-  traceback.print_exception(error)
-  return console.EXIT_FAILED
+  code = console.tell(error)
+  if code is None:
+    traceback.print_exception(error)
+  return console.EXIT_FAILED if code is None else code
 
 
 def leave(code: int) -> NoReturn:

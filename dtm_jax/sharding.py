@@ -173,10 +173,12 @@ def _name(path: tuple[Any, ...]) -> str:
 def put(params: Any, mesh: Mesh) -> Any:
   """Host arrays -> each device's part of them on the devices, split as `shard` says."""
 
-  def place(leaf, sharding):
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda part: leaf[part])
-
   return jax.tree.map(place, params, shard(params, mesh))
+
+
+def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+  """An array that every process has -> on the devices; unlike `jax.device_put`, processes do not compare theirs."""
+  return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
 
 # ------------------------------------------------------------ activations and batches
@@ -211,7 +213,7 @@ def num_shards(mesh: Mesh) -> int:
 def split_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
   """[n, ...] split over the batch axes, filled up with zeros to a multiple of the shares."""
   padding = [(0, -len(rows) % num_shards(mesh))] + [(0, 0)] * (rows.ndim - 1)
-  return jax.device_put(np.pad(rows, padding), batch_sharding(mesh))
+  return place(np.pad(rows, padding), batch_sharding(mesh))
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, name: str) -> None:

@@ -85,12 +85,20 @@ while [ "$left" -gt 0 ]; do
     wait "$pid"
     status=$?
     pids[i]='' left=$((left - 1))
-    [ -n "$is_ended" ] || note "$status"
-    case $status in 0 | 143) ;; *) failed_at=${failed_at:-$SECONDS} ;; esac
+    [ -n "$is_ended" ] && continue
+    note "$status"
+    case $status in
+      0 | 143) ;;
+      2 | 3) failed_at=${failed_at:-$SECONDS} ;;
+      *)
+        failed_at=${failed_at:-$SECONDS}
+        echo "error: process $i has ended with exit code $status" >&2
+        ;;
+    esac
   done
   # A process that waits for one that is no more does not hear SIGTERM.
   if [ -z "$is_ended" ] && [ "$left" -gt 0 ] && [ -n "$failed_at" ] && [ $((SECONDS - failed_at)) -ge "$grace" ]; then
-    echo "error: a process has ended with exit code $code; $left others still ran after $grace s and are ended" >&2
+    echo "error: $left of $count processes still ran $grace s after another had failed, and are ended" >&2
     is_ended=yes
     pass_on KILL
   fi

@@ -68,7 +68,7 @@ class FeatureExtractor:
     """
     batch_size, split = self.config.eval.batch_size, sharding.batch_sharding(self.mesh)
     everywhere = sharding.replicated(self.mesh)
-    params = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, everywhere), params)
+    params = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else sharding.place(x, everywhere), params)
 
     def feature_fn(images):
       return distributed.to_host(self._jitted(params, sharding.to_global(images, split)))

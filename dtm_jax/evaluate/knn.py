@@ -58,8 +58,8 @@ def knn_accuracy(
     check_labels(name, labels, num_classes)
   replicated = sharding.replicated(mesh)
   predicted = _predict(
-    jax.device_put(np.asarray(train_features, np.float32), replicated),
-    jax.device_put(np.asarray(train_labels, np.int32), replicated),
+    sharding.place(np.asarray(train_features, np.float32), replicated),
+    sharding.place(np.asarray(train_labels, np.int32), replicated),
     sharding.split_rows(np.asarray(test_features, np.float32), mesh),
     temperature,
     k=k,

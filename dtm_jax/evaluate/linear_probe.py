@@ -179,7 +179,7 @@ def fit_lbfgs(
   head = Head(np.zeros((train.features.shape[1], num_classes), np.float32), np.zeros(num_classes, np.float32))
   if mesh is not None:
     rows = [sharding.split_rows(array, mesh) for array in rows]
-    head = jax.device_put(head, sharding.replicated(mesh))
+    head = Head(*(sharding.place(array, sharding.replicated(mesh)) for array in head))
   for inverse_strength in inverse_strengths:
     head, iterations = _minimize(head, *rows, inverse_strength)
     if distributed.to_host(iterations) == _LBFGS_MAX_ITERATIONS:

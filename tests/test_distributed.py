@@ -1,0 +1,277 @@
+"""Several processes agree, stop together, and compute what one process does: real ones, on this machine."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import runs
+from dtm_jax import console, distributed
+from dtm_jax.errors import InputError
+
+LOCAL = runs.ROOT / "launch" / "local.sh"
+NUM_STEPS = 10
+TOGETHER = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:4321", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+
+
+# ------------------------------------------------------------ how they start
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2 of JAX_NUM_PROCESSES=2"),
+    ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID=-1 of"),
+    ({"JAX_NUM_PROCESSES": "two"}, "of JAX_NUM_PROCESSES=two"),
+    ({"JAX_PROCESS_ID": ""}, "JAX_PROCESS_ID not set"),
+    ({"JAX_NUM_PROCESSES": None, "JAX_PROCESS_ID": None}, "JAX_NUM_PROCESSES, JAX_PROCESS_ID not set"),
+    ({"JAX_COORDINATOR_ADDRESS": "4321"}, "JAX_COORDINATOR_ADDRESS=4321 is not the HOST:PORT"),
+    ({"JAX_COORDINATOR_ADDRESS": "here:65536"}, "JAX_COORDINATOR_ADDRESS=here:65536 is not"),
+  ],
+)
+def test_a_wrong_environment_is_one_clear_line(monkeypatch, changes, message):
+  for name, value in (TOGETHER | changes).items():
+    if value is not None:
+      monkeypatch.setenv(name, value)
+  with pytest.raises(InputError, match=re.escape(message)):
+    distributed.initialize()
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+  ("environment", "count"),
+  [
+    ({}, 1),
+    (SLURM | {"SLURM_NTASKS": "1"}, 1),
+    (SLURM | {"SLURM_NTASKS": "8"}, 8),
+    ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, 1),  # the batch script itself
+    ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, 1),  # any pod
+  ],
+)
+def test_processes_of_a_cluster_are_counted(monkeypatch, environment, count):
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  assert distributed._count_detected() == count
+
+
+def test_one_process_told_so_needs_no_other(monkeypatch):
+  for name, value in (TOGETHER | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}).items():
+    monkeypatch.setenv(name, value)
+  distributed.initialize()
+  assert (distributed.count(), distributed.index()) == (1, 0)
+
+
+def test_a_process_that_nobody_joins_gives_up():
+  program = "from dtm_jax import distributed; distributed.START_SECONDS = 1; distributed.initialize()"
+  nobody = TOGETHER | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}
+  ended = subprocess.run([sys.executable, "-c", program], env=environment(**nobody), capture_output=True, text=True)
+  assert ended.returncode == 2
+  [line] = ended.stderr.splitlines()
+  assert "not all of 2 processes have come within 1 s" in line
+
+
+def free_port() -> int:
+  program = "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])"
+  return int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+
+
+def environment(**variables: str) -> dict[str, str]:
+  """Of a process with one device, unless `variables` say otherwise."""
+  return os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(runs.ROOT), "PYTHON": sys.executable} | variables
+
+
+# ------------------------------------------------------------ how they agree
+
+AGREEING = """
+import itertools, json, pathlib, signal, sys, time
+
+from dtm_jax import distributed
+from dtm_jax.errors import InputError
+
+distributed.initialize()
+own, folder = distributed.index(), pathlib.Path(sys.argv[1])
+is_last = own == 1
+
+
+def fail(text):
+  raise InputError(text)
+
+
+def told(action):
+  try:
+    return action()
+  except distributed.SharedInputError as error:
+    return str(error)
+
+
+def ask_until_told():
+  "Each at its own pace; the last one is told, twice."
+  with distributed.stop_requests() as stop_requested:
+    for asked in itertools.count(1):
+      if stop_requested():
+        return asked, stop_requested()
+      if is_last and asked in (5, 8):
+        signal.raise_signal(signal.SIGINT if asked == 8 else signal.SIGTERM)
+      time.sleep(0.05 if is_last else 0.01)
+
+
+results = {
+  "gather": distributed.gather({"own": own}),
+  "from first": distributed.from_first(lambda: [own, "ä"]),
+  "first fails": told(lambda: distributed.from_first(lambda: fail("no record"))),
+  "last fails": told(lambda: distributed.together(lambda: fail("no data") if is_last else own)),
+  "all fail": told(lambda: distributed.together(lambda: fail("no data"))),
+  "none fails": told(lambda: distributed.together(lambda: own)),
+  "same": told(lambda: distributed.check_same({"config": {"seed": 1}})),
+  "other": told(lambda: distributed.check_same({"config": {"seed": own, "steps": 3}})),
+  "shared": told(lambda: distributed.check_shared(folder)),
+  "left": sorted(path.name for path in folder.iterdir()),
+  "stopped": ask_until_told(),
+}
+distributed.SHARED_FOLDER_SECONDS = 0.2
+(folder / str(own)).mkdir()
+results["not shared"] = told(lambda: distributed.check_shared(folder / str(own)))
+distributed.gather(None)
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def agreed(tmp_path_factory):
+  """What two processes say to each other, by process."""
+  folder, address = tmp_path_factory.mktemp("agreed"), f"127.0.0.1:{free_port()}"
+
+  def start(index: int):
+    variables = TOGETHER | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(index)}
+    command = [sys.executable, "-c", AGREEING, str(folder)]
+    return subprocess.Popen(command, env=environment(**variables), stdout=subprocess.PIPE, text=True)
+
+  processes = [start(0), start(1)]
+  outputs = [process.communicate()[0] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0]
+  return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+@pytest.mark.parametrize(
+  ("case", "result"),
+  [
+    ("gather", [{"own": 0}, {"own": 1}]),
+    ("from first", [0, "ä"]),
+    ("first fails", "no record"),
+    ("all fail", "no data"),
+    ("same", None),
+    ("shared", None),
+    ("left", []),
+  ],
+)
+def test_all_processes_hear_the_same(agreed, case, result):
+  assert [said[case] for said in agreed] == [result, result]
+
+
+def test_what_each_found_is_its_own(agreed):
+  assert [said["none fails"] for said in agreed] == [0, 1]
+
+
+@pytest.mark.parametrize(
+  ("case", "message"),
+  [
+    ("last fails", "process 1 on .+: no data"),
+    ("other", r"process 1 on .+: config\.seed not as on process 0 \(1 here, 0 there.+"),
+    ("not shared", "process 1 on .+/1 is not the folder of process 0; .+"),
+  ],
+)
+def test_all_processes_hear_which_one_differs(agreed, case, message):
+  texts = {said[case] for said in agreed}
+  assert len(texts) == 1
+  assert re.fullmatch(message, texts.pop())
+
+
+def test_all_processes_stop_at_the_same_call(agreed):
+  (asked, still), other = (said["stopped"] for said in agreed)
+  assert [asked, still] == other
+  assert asked > 5
+  assert still
+
+
+def test_the_others_are_silent(monkeypatch, capsys):
+  for name, value in {"_speaker": "", "_is_silent": False}.items():
+    monkeypatch.setattr(console, name, value)
+  level = console.LINES.level
+  console.speak_as(1)
+  try:
+    assert console.fail("no data", 2) == 2
+    with console.progress_bar(total=1) as bar:
+      assert bar.disable
+  finally:
+    console.LINES.setLevel(level)
+  assert capsys.readouterr().err == "error in process 1: no data\n"
+
+
+# ------------------------------------------------------------ what they compute
+
+
+def launch(count: int, devices: int, arguments: list[str], cache: pathlib.Path) -> subprocess.Popen:
+  """`launch/local.sh` with so many processes of so many devices; outputs are piped, as text."""
+  variables = {"DEVICES_PER_PROCESS": str(devices), "JAX_COMPILATION_CACHE_DIR": str(cache)}
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  return subprocess.Popen([LOCAL, str(count), *arguments], env=environment(**variables), **pipes)
+
+
+def train(count: int, devices: int, arguments: list[str], cache: pathlib.Path) -> str:
+  """What a run that succeeds says."""
+  process = launch(count, devices, arguments, cache)
+  _, stderr = process.communicate()
+  assert process.returncode == 0, stderr
+  return stderr
+
+
+def options(workdir: pathlib.Path, **settings) -> list[str]:
+  return runs.options(workdir, **({"run__steps": NUM_STEPS, "run__checkpoint_every_steps": NUM_STEPS} | settings))
+
+
+def assert_same_rows(workdir: pathlib.Path, reference: pathlib.Path, rtol: float) -> None:
+  """The same steps in the same order, and values that agree."""
+  own, others = runs.rows(workdir), runs.rows(reference)
+  assert [row["step"] for row in own] == [row["step"] for row in others]
+  for row, other in zip(own, others, strict=True):
+    assert row.keys() == other.keys()
+    np.testing.assert_allclose([*row.values()], [*other.values()], rtol=rtol, err_msg=str(row["step"]))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, compile_cache):
+  """A run of one process with two devices."""
+  workdir = tmp_path_factory.mktemp("alone")
+  train(1, 2, options(workdir), compile_cache)
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def paired(tmp_path_factory, compile_cache):
+  """A run of two processes with a device each: its work folder, and what it said."""
+  workdir = tmp_path_factory.mktemp("paired")
+  return workdir, train(2, 1, options(workdir), compile_cache)
+
+
+def test_two_processes_compute_what_one_does(paired, alone):
+  """That both end with the same parameters they compare themselves, see below."""
+  assert_same_rows(paired[0], alone, rtol=1e-6)
+  assert len({row["loss"] for row in runs.rows(alone)}) == NUM_STEPS
+
+
+def test_only_the_first_of_two_processes_speaks(paired):
+  workdir, stderr = paired
+  assert "[1]" not in stderr
+  assert stderr.count("2 processes on 1 host(s) with 1 device(s) each: 2 cpu devices, data 2 x fsdp 1 x tensor 1") == 1
+  assert stderr.count(f"step {NUM_STEPS}/{NUM_STEPS}, ") == 1
+  assert [row["step"] for row in runs.rows(workdir)] == [*range(1, NUM_STEPS + 1)]
+  assert sorted(path.name for path in workdir.iterdir()) == [
+    *("checkpoints", "config.json", "figures", "metrics.jsonl", "summary.json", "tensorboard")
+  ]
