@@ -3,9 +3,9 @@
 #
 #   launch/prepare_imagenet.sh TARS DATA
 #
-# TARS holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar. They are unpacked into DATA/imagenet2012_images, a folder
-# per class, and from there packed into DATA/imagenet2012. The same command goes on where it was interrupted. PYTHON is
-# the interpreter.
+# TARS holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar. They are unpacked into DATA/imagenet2012_images, a
+# folder per class, and from there packed into DATA/imagenet2012. The same command goes on where it was interrupted.
+# PYTHON is the interpreter.
 set -euo pipefail
 
 python=${PYTHON:-python}
@@ -31,7 +31,8 @@ check_space() {
   local needed free
   needed=$((2 * $(bytes_of "$train" "$validation") - $(bytes_of "$images" "$data/imagenet2012")))
   free=$(df --output=avail -B 1 "$data" | tail -n 1)
-  ((needed <= free)) || fail "$data needs $(gigabytes $needed) and has $(gigabytes "$free"); make room or give another folder"
+  ((needed <= free)) ||
+    fail "$data needs $(gigabytes $needed) and has $(gigabytes "$free"); make room or give another folder"
 }
 
 # Folders appear under their names when they are whole.
