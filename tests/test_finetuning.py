@@ -155,7 +155,8 @@ def test_accuracy_is_the_same_on_one_device(finetuned):
   """The mesh of the tests has eight."""
   parts = finetuning.build(settings())
   devices = np.array(jax.devices()[:1]).reshape(1, 1, 1)
-  alone = dataclasses.replace(parts, mesh=jax.sharding.Mesh(devices, parts.mesh.axis_names))
+  mesh = jax.sharding.Mesh(devices, parts.mesh.axis_names)
+  alone = dataclasses.replace(parts, mesh=mesh, model=parts.model.clone(constrain=sharding.constrain_to(mesh)))
   state = jax.device_put(parts.create_state(), sharding.replicated(alone.mesh))
   assert alone.evaluate(state, lambda: False) == parts.evaluate(parts.create_state(), lambda: False)
 
