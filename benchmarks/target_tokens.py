@@ -2,9 +2,9 @@
 
   python benchmarks/target_tokens.py --config=PAGE [--config.teacher.weights=RUN] [--images=2000] [--json=FILE]
 
-Morphing averages what differs inside a group of similar tokens: where that is noise, students gain, and where it is what
-the teacher knows, they lose it. This tells which, for the teacher and the data of any page of pre-training, at five
-amounts of morphing from none to all of the budget, in 7 iterations:
+Morphing averages what differs inside a group of similar tokens: where that is noise, students gain, and where it is
+what the teacher knows, they lose it. This tells which, for the teacher and the data of any page of pre-training, at
+five amounts of morphing from none to all of the budget, in 7 iterations:
 
   groups       left per image, mean
   kept         share of the variance of an image's tokens that lies between groups; the rest is averaged away
