@@ -36,6 +36,7 @@ from dtm_jax.errors import InputError, some_of
 START_SECONDS = 300  # from the first process to the last one
 SHARED_FOLDER_SECONDS = 20  # until a file of another host is seen; network file systems remember what was not there
 _MEETING_SECONDS = 1200  # from the first process to the last one, wherever they wait for each other
+_LAST_WORDS_SECONDS = 2  # for the others, whom jax ends as soon as they miss process 0
 _HEARTBEAT_SECONDS = 40  # without a sign of life a process counts as dead, and jax ends the others
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -327,6 +328,8 @@ def tell(error: Exception) -> int:
 
 def leave(code: int) -> NoReturn:
   """Ends this process. JAX would first wait for the others, who may be waiting for it."""
+  if is_first() and count() > 1:
+    time.sleep(_LAST_WORDS_SECONDS)
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)
@@ -335,7 +338,7 @@ def leave(code: int) -> NoReturn:
 @contextlib.contextmanager
 def _within(seconds: float, problem: str) -> Iterator[None]:
   """Ends the process where something that cannot be interrupted takes longer."""
-  timer = threading.Timer(seconds, lambda: leave(console.fail(problem, console.EXIT_INPUT)))
+  timer = threading.Timer(seconds, lambda: os._exit(console.fail(problem, console.EXIT_INPUT)))
   timer.daemon = True
   timer.start()
   try:

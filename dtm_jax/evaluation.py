@@ -160,10 +160,8 @@ def run(config: Config, workdir: pathlib.Path, command: str, stop_requested: Cal
 def _is_complete(workdir: pathlib.Path, config: Config, new_record: dict[str, Any]) -> bool:
   """Raises InputError where the folder holds something else than this evaluation."""
   inputs = ("params_sha256", "train_images", "test_images", "resampler")
-  distributed.check_same({name: new_record[name] for name in inputs})
   record = workdirs.read_record(workdir, config)
-  if record is not None:
-    workdirs.check_same_inputs(workdir, record, new_record, inputs)
+  workdirs.check_same_inputs(workdir, record, new_record, inputs)
   summary = distributed.from_first(lambda: workdirs.read_json(workdir / SUMMARY_FILE))
   return record is not None and summary is not None
 

@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -116,15 +116,6 @@ def noted_signals() -> Iterator[threading.Event]:
       signal.signal(number, handler)
 
 
-def _leave(code: int) -> NoReturn:
-  if code not in (0, EXIT_SIGNAL) and "jax" in sys.modules:
-    from dtm_jax import distributed
-
-    if distributed.count() > 1:
-      distributed.leave(code)
-  sys.exit(code)
-
-
 if __name__ == "__main__":
   sys.unraisablehook = console.report_unraisable
-  _leave(main(sys.argv))
+  sys.exit(main(sys.argv))

@@ -45,7 +45,11 @@ def read_record(workdir: pathlib.Path, config: Config) -> dict[str, Any] | None:
   Raises:
     InputError: it is another run than `config`'s.
   """
-  record = distributed.from_first(lambda: read_json(workdir / CONFIG_FILE))
+  return distributed.from_first(lambda: _read_record(workdir, config))
+
+
+def _read_record(workdir: pathlib.Path, config: Config) -> dict[str, Any] | None:
+  record = read_json(workdir / CONFIG_FILE)
   if record is not None and (names := settings_that_differ(from_json(record), config)):
     raise InputError(
       f"--workdir={workdir} holds another run: {', '.join(names)} differ; use its settings or another --workdir"
@@ -84,10 +88,16 @@ def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     unfinished.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def check_same_inputs(workdir: pathlib.Path, old: dict[str, Any], new: dict[str, Any], names: tuple[str, ...]) -> None:
-  """Raises InputError where what lies behind paths and packages has changed, so that the run would not be the same."""
+def check_same_inputs(
+  workdir: pathlib.Path, old: dict[str, Any] | None, new: dict[str, Any], names: tuple[str, ...]
+) -> None:
+  """Raises InputError where what lies behind paths and packages has changed, so that the run would not be the same.
+
+  On every process, of which none may have inputs of its own.
+  """
+  distributed.check_same({name: new[name] for name in names})
   for name in names:
-    if old[name] != new[name]:
+    if old is not None and old[name] != new[name]:
       raise InputError(
         f"--workdir={workdir} was begun with {name}={old[name]!r}, and now it is {new[name]!r};"
         " bring that back or use another --workdir"

@@ -4,11 +4,14 @@ import json
 import os
 import pathlib
 import re
+import shutil
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import runs
 from dtm_jax import console, distributed
@@ -132,7 +135,7 @@ results = {
   "same": told(lambda: distributed.check_same({"config": {"seed": 1}})),
   "other": told(lambda: distributed.check_same({"config": {"seed": own, "steps": 3}})),
   "shared": told(lambda: distributed.check_shared(folder)),
-  "left": sorted(path.name for path in folder.iterdir()),
+  "left": distributed.gather(None) and sorted(path.name for path in folder.iterdir()),
   "stopped": ask_until_told(),
 }
 distributed.SHARED_FOLDER_SECONDS = 0.2
@@ -232,38 +235,55 @@ def train(count: int, devices: int, arguments: list[str], cache: pathlib.Path) -
   return stderr
 
 
-def options(workdir: pathlib.Path, **settings) -> list[str]:
-  return runs.options(workdir, **({"run__steps": NUM_STEPS, "run__checkpoint_every_steps": NUM_STEPS} | settings))
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+  """A folder of two classes, 45 images to learn and 5 to be tested; four of all cannot be read."""
+  folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+  for i in range(50):
+    path = folder / f"class{i // 25}" / f"{i:02}.png"
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(rng.integers(256, size=(20, 20, 3), dtype=np.uint8)).save(path)
+    if i in (0, 7, 12, 33):
+      path.write_bytes(b"no image")
+  return folder
+
+
+def options(workdir: pathlib.Path, images: pathlib.Path, **settings) -> list[str]:
+  """Of a run of few steps; batches of evaluation are not full."""
+  data = {"data__source": "folder", "data__path": images, "data__max_bad_fraction": 0.5, "eval__batch_size": 8}
+  steps = {"run__steps": NUM_STEPS, "run__checkpoint_every_steps": 4, "run__keep_checkpoints": 5}
+  return runs.options(workdir, **(data | steps | settings))
 
 
 def assert_same_rows(workdir: pathlib.Path, reference: pathlib.Path, rtol: float) -> None:
   """The same steps in the same order, and values that agree."""
   own, others = runs.rows(workdir), runs.rows(reference)
-  assert [row["step"] for row in own] == [row["step"] for row in others]
+  assert [(row["step"], *row) for row in own] == [(row["step"], *row) for row in others]
   for row, other in zip(own, others, strict=True):
-    assert row.keys() == other.keys()
-    np.testing.assert_allclose([*row.values()], [*other.values()], rtol=rtol, err_msg=str(row["step"]))
+    for name, value in row.items():
+      np.testing.assert_allclose(np.sort(value, None), np.sort(other[name], None), rtol, err_msg=f"{row}, {other}")
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, compile_cache):
+def alone(tmp_path_factory, images, compile_cache):
   """A run of one process with two devices."""
   workdir = tmp_path_factory.mktemp("alone")
-  train(1, 2, options(workdir), compile_cache)
+  train(1, 2, options(workdir, images), compile_cache)
   return workdir
 
 
 @pytest.fixture(scope="module")
-def paired(tmp_path_factory, compile_cache):
+def paired(tmp_path_factory, images, compile_cache):
   """A run of two processes with a device each: its work folder, and what it said."""
   workdir = tmp_path_factory.mktemp("paired")
-  return workdir, train(2, 1, options(workdir), compile_cache)
+  return workdir, train(2, 1, options(workdir, images), compile_cache)
 
 
 def test_two_processes_compute_what_one_does(paired, alone):
-  """That both end with the same parameters they compare themselves, see below."""
+  """That both have the same parameters in the end they compare themselves, see below."""
   assert_same_rows(paired[0], alone, rtol=1e-6)
   assert len({row["loss"] for row in runs.rows(alone)}) == NUM_STEPS
+  assert runs.rows(alone)[-1]["bad_images"] == 3
 
 
 def test_only_the_first_of_two_processes_speaks(paired):
@@ -271,7 +291,128 @@ def test_only_the_first_of_two_processes_speaks(paired):
   assert "[1]" not in stderr
   assert stderr.count("2 processes on 1 host(s) with 1 device(s) each: 2 cpu devices, data 2 x fsdp 1 x tensor 1") == 1
   assert stderr.count(f"step {NUM_STEPS}/{NUM_STEPS}, ") == 1
+  assert stderr.count("unreadable image skipped") == 3
   assert [row["step"] for row in runs.rows(workdir)] == [*range(1, NUM_STEPS + 1)]
   assert sorted(path.name for path in workdir.iterdir()) == [
     *("checkpoints", "config.json", "figures", "metrics.jsonl", "summary.json", "tensorboard")
   ]
+
+
+def test_processes_that_differ_are_told_apart(tmp_path, images, compile_cache):
+  """The second one learns from other images, of which the folder has another number."""
+  address = f"127.0.0.1:{free_port()}"
+  shutil.copytree(images, tmp_path / "images")
+  (tmp_path / "images" / "class0" / "06.png").unlink()
+
+  def start(index: int, folder: pathlib.Path):
+    variables = TOGETHER | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(index)}
+    variables |= {"JAX_COMPILATION_CACHE_DIR": str(compile_cache)}
+    command = [sys.executable, "-m", "dtm_jax.main", *options(tmp_path / "run", folder)]
+    return subprocess.Popen(command, env=environment(**variables), stderr=subprocess.PIPE, text=True)
+
+  processes = [start(0, images), start(1, tmp_path / "images")]
+  for index, process in enumerate(processes):
+    _, stderr = process.communicate()
+    assert process.returncode == 2, stderr
+    line = stderr.splitlines()[-1]
+    pattern = rf"error in process {index}: process 1 on .+: config\.data\.path not as on process 0 \(.+"
+    assert re.fullmatch(pattern, line)
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory, images, compile_cache):
+  """Runs on four devices by number of processes, with k-NN before and after."""
+  workdirs = {count: tmp_path_factory.mktemp(f"by_{count}") for count in (1, 2, 4)}
+  for count, workdir in workdirs.items():
+    train(count, 4 // count, options(workdir, images, eval__knn=True, eval__knn_k=3), compile_cache)
+  return workdirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_any_number_of_processes_computes_the_same(four, count):
+  assert_same_rows(four[count], four[1], rtol=1e-6)
+  assert [row["step"] for row in runs.rows(four[1]) if "knn_top1" in row] == [0, NUM_STEPS]
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(four, tmp_path, images, compile_cache):
+  """Each image once, though the last batches are not full, and one cannot be read."""
+  folders = {count: tmp_path / str(count) for count in (1, 2)}
+  for count, workdir in folders.items():
+    settings = {"eval__checkpoint": four[1], "eval__knn_k": 3, "eval__save_features": True, "eval__fewshot": "(1, 2)"}
+    config = f"--config={runs.ROOT}/configs/evaluate.py"
+    train(count, 2 // count, [config, *options(workdir, images, eval__knn=True, **settings)[1:]], compile_cache)
+  own, other = (runs.summary(folder) for folder in folders.values())
+  assert {**own, "seconds": 0} == {**other, "seconds": 0}
+  assert own["test_images"] == 4
+  for split, number in (("train", 42), ("test", 4)):
+    one, two = (np.load(folder / f"features_{split}.npz") for folder in folders.values())
+    assert len(one["labels"]) == number
+    np.testing.assert_array_equal(two["labels"], one["labels"])
+    np.testing.assert_allclose(two["features"], one["features"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("count", "devices", "mesh"),
+  [(1, 1, {}), (2, 4, {}), (2, 2, {"mesh__fsdp": 2, "mesh__tensor": 2})],
+  ids=["one_device", "two_processes", "another_layout"],
+)
+def test_a_run_of_eight_devices_goes_on_elsewhere(eight, tmp_path, images, compile_cache, count, devices, mesh):
+  """From step 4 of 10, as after a kill."""
+  workdir = tmp_path / "run"
+  shutil.copytree(eight, workdir)
+  (workdir / "summary.json").unlink()
+  for step in (8, NUM_STEPS):
+    shutil.rmtree(workdir / "checkpoints" / str(step))
+  lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+  (workdir / "metrics.jsonl").write_text("".join(lines[:4]))
+  stderr = train(count, devices, options(workdir, images, **mesh), compile_cache)
+  assert f"resuming at step 4 of {NUM_STEPS}" in stderr
+  assert_same_rows(workdir, eight, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory, images, compile_cache):
+  """A run of one process with eight devices."""
+  workdir = tmp_path_factory.mktemp("eight")
+  train(1, 8, options(workdir, images), compile_cache)
+  return workdir
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, images, compile_cache):
+  launcher = launch(2, 1, options(tmp_path, images, run__steps=5000), compile_cache)
+  rows = tmp_path / "metrics.jsonl"
+  runs.wait_until(lambda: rows.exists() and len(rows.read_text().splitlines()) >= 3, launcher)
+  os.kill(process_of(launcher, index=1), signal.SIGTERM)
+  _, stderr = launcher.communicate()
+  assert launcher.returncode == 143, stderr
+  last = runs.rows(tmp_path)[-1]["step"]
+  assert f"stopped and saved at step {last}; the same command goes on from there" in stderr
+  assert runs.checkpoints(tmp_path)[-1] == last < 5000
+
+
+def process_of(launcher: subprocess.Popen, index: int) -> int:
+  """The number of one of the processes that `launch/local.sh` has started."""
+  children = pathlib.Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+  wanted = f"JAX_PROCESS_ID={index}".encode()
+  [found] = [
+    child
+    for child in children
+    if wanted in pathlib.Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+    and b"dtm_jax.main" in pathlib.Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+  ]
+  return int(found)
+
+
+def test_a_signal_to_the_launcher_reaches_all(tmp_path, images, compile_cache):
+  launcher = launch(2, 1, options(tmp_path, images, run__steps=5000), compile_cache)
+  rows = tmp_path / "metrics.jsonl"
+  runs.wait_until(lambda: rows.exists() and len(rows.read_text().splitlines()) >= 3, launcher)
+  launcher.send_signal(signal.SIGINT)
+  _, stderr = launcher.communicate()
+  assert launcher.returncode == 143, stderr
+  assert "stopped and saved at step" in stderr
