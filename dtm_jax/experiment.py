@@ -196,11 +196,9 @@ def run(
   distributed.log_topology(sharding.describe(parts.mesh))
   new_record = _new_record(parts, command)
   inputs = (*parts.recorded_inputs, "train_images", "resampler")
-  distributed.check_same({name: new_record[name] for name in inputs})
-  if record is not None:
-    workdirs.check_same_inputs(workdir, record, new_record, inputs)
+  workdirs.check_same_inputs(workdir, record, new_record, inputs)
   is_resumed = distributed.from_first(lambda: bool(saved_steps(workdir)))
-  begun = None if is_resumed else distributed.together(lambda: _begin(parts, workdir, record))
+  begun = None if is_resumed else _begin(parts, workdir, record)
   workdirs.create(workdir)
   with contextlib.ExitStack() as stack:
 
@@ -229,7 +227,7 @@ def _begin(parts: Parts, workdir: pathlib.Path, record: dict[str, Any] | None) -
   """The state before the first step, and the SHA-256 of the weights that it comes from."""
   batch_size, devices = parts.config.data.batch_size, sharding.describe(parts.mesh)
   logging.info("%s for %d steps of %d images on %s", parts.title, parts.total_steps, batch_size, devices)
-  state, init_sha256 = parts.begin()
+  state, init_sha256 = distributed.together(parts.begin)
   if record is not None:  # the run has logged something, though it was killed before its first checkpoint
     old, new = {_INIT_SHA256: _init_sha256(record)}, {_INIT_SHA256: init_sha256}
     workdirs.check_same_inputs(workdir, old, new, (_INIT_SHA256,))
@@ -271,8 +269,9 @@ class _Session:
 
     def observe() -> None:
       """All processes learn what each has met."""
-      monitor.observe(np.array([i for share in distributed.gather(met) for i in share], int))
+      of_all = np.array([i for share in distributed.gather(met) for i in share], int)
       met.clear()
+      distributed.together(lambda: monitor.observe(of_all))
 
     def log(step: int, values: dict[str, float]) -> None:
       self.store.check()
