@@ -408,6 +408,7 @@ def process_of(launcher: subprocess.Popen, index: int) -> int:
   return int(found)
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_reaches_all(tmp_path, images, compile_cache):
   launcher = launch(2, 1, options(tmp_path, images, run__steps=5000), compile_cache)
   rows = tmp_path / "metrics.jsonl"
