@@ -21,15 +21,10 @@ step less the second. Memory, in GB: "state" is weights, optimiser state and
 batch; "temp" what a step takes beside, by XLA's own analysis, by PyTorch's
 allocator on a GPU, and by its profiler's record of tensors made and freed on CPU.
 
-MFU = model FLOPs of a step / (seconds * peak FLOP/s). Model FLOPs are two for
-each multiply-add of the matrix products that the models are made of, per image
-
-  teacher forward + 3 * student forward - patch embedding (images need no gradient)
-  forward = depth * (24 T D^2 + 4 T^2 D) + 2 N D (3 p^2 + K)
-
-with T = 1 + N tokens of width D, patches of p pixels, and K outputs; morphing,
-biases and the optimiser are not counted, nor what --remat computes twice. The
-peak is that of dense bfloat16 products, known for a few GPUs, or --peak_tflops.
+MFU = model FLOPs of a step / (seconds * peak FLOP/s), see
+`dtm_jax.roofline.training_flops`: matrix products only, and none of what
+--remat computes twice. The peak is that of dense bfloat16 products, known for a
+few GPUs, or --peak_tflops.
 
 More XLA contenders join in turn with --attention, --scan_layers and --remat.
 --morphing_share then sets the step against the token-wise one, these two alone.
@@ -51,10 +46,11 @@ import numpy as np
 import torch
 from common import alternate, argument_parser, median_ratio, quartiles, report, warn_if_busy, write_json
 
+from dtm_jax import roofline
 from dtm_jax.config import ATTENTIONS, DTYPES, Config, DataConfig, ModelConfig, RunConfig, TeacherConfig
 from dtm_jax.convert import from_state_dict
 from dtm_jax.losses import dtm_loss, token_loss
-from dtm_jax.models.clip import ClipVision
+from dtm_jax.models.clip import CLIP_B16, ClipVision
 from dtm_jax.models.variants import VARIANTS
 from dtm_jax.networks import create_student
 from dtm_jax.numerics import torch_models, torch_reference
@@ -64,19 +60,9 @@ from dtm_jax.teachers import ClipTeacher
 from dtm_jax.train_state import create_train_state
 
 IMAGE_SIZE, PATCH_SIZE, GRID = 224, 16, (14, 14)
-TEACHER_WIDTH, TEACHER_DEPTH, TARGET_DIM = 768, 12, 512  # CLIP ViT-B/16
+TEACHER_WIDTH, TEACHER_DEPTH, TARGET_DIM = (CLIP_B16[name] for name in ("width", "depth", "out_dim"))
 TORCH_MODES = ("eager", "compile")
 BIAS_STD = 0.02  # of the bias tables, which a new model starts at zero: nothing would compare them
-
-# Dense bfloat16 TFLOP/s by the beginning of the device's name (NVIDIA's data sheets; half of those "with sparsity").
-PEAK_TFLOPS = {
-  "NVIDIA H100 PCIe": 756,
-  "NVIDIA H100 NVL": 835,
-  "NVIDIA H100": 989.5,
-  "NVIDIA H200 NVL": 835,
-  "NVIDIA H200": 989.5,
-  "NVIDIA A100": 312,
-}
 
 
 @dataclasses.dataclass
@@ -118,21 +104,6 @@ def make_batch(config: Config) -> dict[str, np.ndarray]:
 
 def make_schedule(config: Config) -> Callable:
   return warmup_cosine(config.peak_lr, config.optim.min_lr, 0, config.run.steps)
-
-
-def model_flops(config: Config) -> float:
-  """Of one step, by the formula above."""
-  size, num_tokens = VARIANTS[config.model.variant], config.num_tokens
-  pixels = 3 * PATCH_SIZE**2
-
-  def forward(width: int, depth: int) -> float:
-    length = 1 + num_tokens
-    blocks = depth * (24 * length * width**2 + 4 * length**2 * width)
-    return blocks + 2 * num_tokens * width * (pixels + TARGET_DIM)
-
-  patch_embedding = 2 * num_tokens * size.width * pixels
-  image = forward(TEACHER_WIDTH, TEACHER_DEPTH) + 3 * forward(size.width, size.depth) - patch_embedding
-  return config.data.batch_size * image
 
 
 # ------------------------------------------------------------ PyTorch
@@ -407,12 +378,9 @@ def parse_options() -> argparse.Namespace:
   options.device = options.device or ("gpu" if has_gpu else "cpu")
   options.dtype = options.dtype or ("bfloat16" if options.device == "gpu" else "float32")
   if options.peak_tflops is None and options.dtype == "bfloat16":
-    options.peak_tflops = known_peak(jax.devices(options.device)[0].device_kind)
+    chip = roofline.chip_of(jax.devices(options.device)[0].device_kind)
+    options.peak_tflops = chip and chip.teraflops
   return options
-
-
-def known_peak(device_kind: str) -> float | None:
-  return next((tflops for name, tflops in PEAK_TFLOPS.items() if device_kind.startswith(name)), None)
 
 
 def set_up(device: str, dtype: str) -> None:
@@ -434,7 +402,8 @@ def main() -> None:
   others, failures = torch_contenders(config, batch, options)
   contenders += others
   seconds = alternate({c.name: c.run for c in contenders}, options.rounds)
-  flops = model_flops(config)
+  tower = ClipVision(**CLIP_B16)
+  flops = roofline.training_flops(config.data.batch_size, create_student(config, tower.out_dim), tower)
   rows = make_rows(contenders, seconds, flops, options.peak_tflops)
   share = morphing_share(config, batch, contenders[0], options.morphing_share) if options.morphing_share else None
   print_results(rows, failures, share)

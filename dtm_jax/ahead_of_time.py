@@ -13,23 +13,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from dtm_jax import collectives, experiment, finetuning, pretraining, roofline, sharding
+from dtm_jax import collectives, compile_cache, experiment, finetuning, pretraining, roofline, sharding
 from dtm_jax.collectives import Collective
 from dtm_jax.command_line import Plan
 from dtm_jax.config import Config
 from dtm_jax.errors import InputError
-from dtm_jax.models.clip import ClipVision
+from dtm_jax.models.clip import CLIP_B16, ClipVision
 from dtm_jax.models.layers import Constrain
 from dtm_jax.networks import create_student, init_params
 from dtm_jax.restore import restore_tower
 from dtm_jax.roofline import Chip
 from dtm_jax.teachers import CheckpointTeacher, ClipTeacher, Teacher, create_teacher
 
-CLIP_B16 = {"patch_size": 16, "width": 768, "depth": 12, "heads": 12, "grid": (14, 14), "out_dim": 512}
-
+_LESS_MEMORY = (
+  "take more devices or a smaller config.data.batch_size, or set config.mesh.fsdp, optim.accumulate_steps or"
+  " model.remat=True"
+)
 _IMAGENET_IMAGES, _IMAGENET_CLASSES = 1_281_167, 1000
 # Nothing runs on these chips: no metadata server to ask for them, no log folder.
 _QUIET_LIBTPU = {
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # by several of these commands at once
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "v5litepod-1",
   "TPU_WORKER_HOSTNAMES": "localhost",
@@ -102,8 +105,7 @@ def run(config: Config, plan: Plan) -> None:
   print("\n".join(report(compiled, chip, plan.mfu)))
   if chip is not None and compiled.needed > chip.memory * 2**30:
     raise InputError(
-      f"does not fit: the step needs {_gib(compiled.needed)} of each device's {chip.memory:.4g} GiB; take more devices"
-      " or a smaller config.data.batch_size, or set config.mesh.fsdp, optim.accumulate_steps or model.remat=True"
+      f"does not fit: the step needs {_gib(compiled.needed)} of each device's {chip.memory:.4g} GiB; {_LESS_MEMORY}"
     )
 
 
@@ -163,17 +165,17 @@ def compile_step(config: Config, devices: list[jax.Device]) -> Compiled:
   Raises:
     InputError: the settings do not fit each other or the devices, or the compiler finds that memory does not do.
   """
-  jax.config.update("jax_enable_compilation_cache", False)  # what is read from it does not tell all of itself
   parts, assumed = _plan_parts(config, devices)
   start = time.perf_counter()
   arguments = parts.step_arguments(parts.abstract_state(), _abstract_batch(parts))
   try:
-    program = parts.jitted_step.lower(*arguments).compile()
+    with compile_cache.disabled():  # a program that is read from it does not tell all of itself
+      program = parts.jitted_step.lower(*arguments).compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    reason = " ".join(re.findall(r"Used \S+ of \S+ \w+\.[^\n]*?by [\d.]+\w", str(error))[:1]) or "see --chip"
-    raise InputError(f"does not fit: the compiler runs out of the device's memory ({reason})") from error
+    reason = str(error).partition("RESOURCE_EXHAUSTED: ")[2].partition("\n")[0].split(". ")[:2]
+    raise InputError(f"does not fit: {'. '.join(reason).strip(' .')}; {_LESS_MEMORY}") from error
   memory, cost = program.memory_analysis(), program.cost_analysis() or {}
   return Compiled(
     parts,
@@ -298,7 +300,7 @@ def _collective_lines(compiled: Compiled) -> list[str]:
 
 
 def _gib(size: int) -> str:
-  return f"{size / 2**30:.2f} GiB"
+  return f"{size / 2**30:.4g} GiB"
 
 
 def _or_not_told(value: float | None) -> str:

@@ -18,6 +18,8 @@ _CALLED = re.compile(
 )
 _CONDITION = re.compile(r"condition=%?([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+# The condition of a scan: its counter, which begins at 0, is below a constant.
+_LIMIT = re.compile(r"ROOT .* compare\(%?[\w.-]+, %?([\w.-]+)\), direction=LT")
 _EXPLICIT_GROUP = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
 _SCATTER = "all-reduce-scatter"  # how XLA names the fusion in which TPUs scatter what they reduce
@@ -116,14 +118,22 @@ def _counts(computations: dict[str, list[str]], entry: str) -> dict[str, int | N
     known = counts.get(name, 0)
     counts[name] = None if known is None or times is None else known + times
     for line in computations[name]:
-      trips = _TRIPS.search(line)
-      is_loop = _CONDITION.search(line) is not None
-      inner = times if not is_loop else None if times is None or trips is None else times * int(trips[1])
+      condition = _CONDITION.search(line)
+      rounds = _rounds(line, computations.get(condition[1], [])) if condition else 1
       for called in _called(line):
-        visit(called, inner)
+        visit(called, None if times is None or rounds is None else times * rounds)
 
   visit(entry, 1)
   return counts
+
+
+def _rounds(loop: str, condition: list[str]) -> int | None:
+  """How often the body of a loop runs, or None where it is not told."""
+  if match := _TRIPS.search(loop):
+    return int(match[1])
+  limits = [match[1] for line in condition if (match := _LIMIT.search(line))]
+  constants = [re.search(rf"%?{re.escape(name)} = .* constant\((\d+)\)", line) for name in limits for line in condition]
+  return next((int(match[1]) for match in constants if match), None)
 
 
 def _called(line: str) -> Iterable[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from absl import logging
+from jax.experimental.compilation_cache import compilation_cache
 
 _HIT = "/jax/compilation_cache/cache_hits"
 
@@ -65,6 +66,22 @@ def told(step: Callable[..., Any]) -> Callable[..., Any]:
     return result
 
   return tell
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+  """Programs are neither read nor kept meanwhile."""
+  before = jax.config.jax_enable_compilation_cache
+  try:
+    _enable(False)
+    yield
+  finally:
+    _enable(before)
+
+
+def _enable(is_enabled: bool) -> None:
+  jax.config.update("jax_enable_compilation_cache", is_enabled)
+  compilation_cache.reset_cache()  # what was decided at the first compile is decided again
 
 
 @contextlib.contextmanager

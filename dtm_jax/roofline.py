@@ -29,13 +29,14 @@ class Chip(NamedTuple):
 
 
 # TPUs: the system architecture pages of https://docs.cloud.google.com/tpu/docs (v4, v5e, v5p, v6e), where the
-# interconnect is told for both directions together. GPUs: NVIDIA's data sheets of the SXM and, where told, other
+# interconnect is told for both directions together; memory is what their compiler (libtpu 0.0.42) says is there for a
+# program, a little less than theirs. GPUs: NVIDIA's data sheets of the SXM and, where told, other
 # boards; half of the FLOP/s "with sparsity", and half of NVLink's rate, which is for both directions.
 CHIPS = {
-  "v4": Chip(275, 1228, 32, 300),
-  "v5e": Chip(197, 819, 16, 200),
-  "v5p": Chip(459, 2765, 95, 600),
-  "v6e": Chip(918, 1638, 32, 400),
+  "v4": Chip(275, 1228, 30.75, 300),
+  "v5e": Chip(197, 819, 15.75, 200),
+  "v5p": Chip(459, 2765, 95.74, 600),
+  "v6e": Chip(918, 1638, 31.25, 400),
   "a100": Chip(312, 2039, 80 * _GPU_SHARE, 300),
   "h100": Chip(989.5, 3350, 80 * _GPU_SHARE, 450),
   "h100-pcie": Chip(756, 2000, 80 * _GPU_SHARE),

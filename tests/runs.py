@@ -20,14 +20,19 @@ def options(workdir: pathlib.Path, **settings) -> list[str]:
   return [SMOKE, f"--workdir={workdir}", *(f"--config.{k.replace('__', '.')}={v}" for k, v in quick.items())]
 
 
-def start(arguments: list[str], cache: pathlib.Path, *, devices: int = 1, prefix: tuple[str, ...] = ()):
-  """A process of `dtm_jax.main` on so many CPU devices; standard error is piped, as text."""
+def start(arguments: list[str], cache: pathlib.Path | None, *, devices: int = 1, prefix: tuple[str, ...] = ()):
+  """A process of `dtm_jax.main` on so many CPU devices; standard error is piped, as text.
+
+  It keeps its compiled programs in `cache`, or for None where it keeps them unasked.
+  """
   environment = os.environ | {
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     "JAX_COMPILATION_CACHE_DIR": str(cache),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "PYTHONPATH": str(ROOT),
   }
+  if cache is None:
+    del environment["JAX_COMPILATION_CACHE_DIR"]
   command = [*prefix, sys.executable, "-m", "dtm_jax.main", *arguments]
   return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 

@@ -15,6 +15,9 @@ from dtm_jax.axes import BATCH, HEADS, MLP
 from dtm_jax.models.attention import dot_product_attention
 from dtm_jax.models.layers import Constrain, Dense, LayerNorm, PatchEmbed, unconstrained
 
+# The vision tower of "ViT-B/16", the paper's teacher: fields of `ClipVision`.
+CLIP_B16 = {"patch_size": 16, "width": 768, "depth": 12, "heads": 12, "grid": (14, 14), "out_dim": 512}
+
 _EPSILON = 1e-5
 _MLP_RATIO = 4
 

@@ -1,0 +1,242 @@
+"""What a pre-training step sends between chips, from programs compiled ahead of time. Nothing is measured on a chip.
+
+  python benchmarks/scaling.py --topology v5e:4x4 --variant B L --layout data fsdp --json=FILE
+  python benchmarks/scaling.py --json=FILE --chip=v5e --figure=docs/images/scaling.png  # of what FILE has
+
+Each point is the step that training runs (configs/vitb.py, configs/vitl.py), compiled with its layers scanned: that
+compiles several times faster and sends the same gradients. TPU slices need libtpu, cpu:N nothing; but a program for
+CPUs sums gradients of matrices in float32 where TPUs do in bfloat16. Points that FILE has are not compiled again.
+
+Then a table of 8 to 1,024 chips for one global batch. Bytes: an all-reduce of V bytes among n sends 2 V (n-1)/n of them
+from each device, a gather or scatter V (n-1)/n; V is that of the points, and where points of one kind at several sizes
+disagree on it by over 1 %, the script ends with an error. Seconds: computing is the model's FLOPs at --mfu of the peak;
+sending goes at --links of what a chip's links carry at once. Host: images/s that four chips ask for.
+"""
+
+import argparse
+import collections
+import json
+import pathlib
+from typing import Any
+
+import jax
+from common import report, write_json
+
+from configs import vitb, vitl
+from dtm_jax import ahead_of_time, roofline
+from dtm_jax import config as config_lib
+from dtm_jax.collectives import Collective
+
+CONFIGS = {"B": vitb, "L": vitl}
+LAYOUTS = {"data": {}, "fsdp": {"data": 1, "fsdp": -1}, "tensor": {"tensor": 4}}
+SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
+SAME = 0.01  # relative difference of V between sizes that counts as none
+CHIPS_PER_HOST = 4
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+MAIN_OPERATIONS = ("all-reduce", "all-gather", "reduce-scatter")
+
+Point = dict[str, Any]
+
+
+# ------------------------------------------------------------ points
+
+
+def compile_point(variant: str, layout: str, topology: str, images_per_device: int) -> Point:
+  """The step of one layout on one slice, as its compiler tells it."""
+  devices = ahead_of_time.open_devices(topology)
+  settings = CONFIGS[variant].get_config()
+  settings.data.batch_size = images_per_device * len(devices) // LAYOUTS[layout].get("tensor", 1)
+  settings.model.scan_layers = True
+  settings.mesh.update(LAYOUTS[layout])
+  with jax.default_matmul_precision("float32"):  # as in training
+    compiled = ahead_of_time.compile_step(config_lib.resolve(settings), devices)
+  told = ("seconds", "arguments", "outputs", "aliased", "temporaries", "needed", "flops", "counted_flops", "moved")
+  return {
+    **{"variant": variant, "layout": layout, "topology": topology, "devices": len(devices)},
+    **{"batch_size": settings.data.batch_size, **{name: getattr(compiled, name) for name in told}},
+    "collectives": merged(compiled.collectives),
+  }
+
+
+def merged(found: tuple[Collective, ...]) -> list[dict[str, Any]]:
+  """Operations of one kind, group and count as one, the largest first."""
+  totals = collections.Counter()
+  for one in found:
+    totals[one._replace(bytes=0)] += one.bytes
+  return [kind._replace(bytes=size)._asdict() for kind, size in totals.most_common()]
+
+
+def backend(point: Point) -> str:
+  return "cpu" if point["topology"].startswith("cpu") else "tpu"
+
+
+def volumes(point: Point) -> dict[str, float]:
+  """V by operation: bytes of the arrays that a step reduces, gathers or scatters."""
+  totals = collections.Counter()
+  for one in point["collectives"]:
+    totals[one["operation"]] += one["bytes"] * (one["count"] or 0)
+  return dict(totals)
+
+
+def agreed_volumes(points: list[Point]) -> dict[tuple[str, str, str], dict[str, float]]:
+  """V by (backend, variant, layout), of the largest slice; ends the script where slices disagree."""
+  agreed = {}
+  for point in sorted(points, key=lambda point: -point["devices"]):
+    key, found = (backend(point), point["variant"], point["layout"]), volumes(point)
+    first = agreed.setdefault(key, found)
+    for operation in first | found:
+      difference = abs(first.get(operation, 0) - found.get(operation, 0))
+      if point["layout"] != "tensor" and difference > SAME * sum(first.values()):
+        raise SystemExit(f"{key} of {point['topology']}: {operation} differs by {difference / 1e6:.4g} MB")
+  return agreed
+
+
+# ------------------------------------------------------------ sizes
+
+
+def scale(
+  variant: str, layout: str, volume: dict[str, float], flops: float, options: argparse.Namespace
+) -> list[Point]:
+  """A row for each number of chips."""
+  chip, rows = roofline.CHIPS[options.chip], []
+  for devices in SIZES:
+    sent = {operation: Collective(operation, size, devices, 1).sent for operation, size in volume.items()}
+    computing = flops * options.batch / devices / (chip.teraflops * 1e12 * options.mfu)
+    sending = sum(sent.values()) / (chip.network * 1e9 * options.links)
+    step = max(computing, sending)
+    rows.append(
+      {
+        **{"variant": variant, "layout": layout, "devices": devices, "images": options.batch // devices},
+        **{operation: sent.get(operation, 0.0) / 1e6 for operation in MAIN_OPERATIONS},
+        "computing": 1e3 * computing,
+        "sending": 1e3 * sending,
+        "hidden": computing / step,
+        "exposed": computing / (computing + sending),
+        "host": CHIPS_PER_HOST / devices * options.batch / step,
+      }
+    )
+  return rows
+
+
+COLUMNS = {
+  "ViT": ("variant", ""),
+  "layout": ("layout", ""),
+  "chips": ("devices", ","),
+  "images/chip": ("images", ""),
+  "all-reduce MB": ("all-reduce", ".1f"),
+  "all-gather MB": ("all-gather", ".1f"),
+  "reduce-scatter MB": ("reduce-scatter", ".1f"),
+  "computing ms": ("computing", ".2f"),
+  "sending ms": ("sending", ".2f"),
+  "efficiency, hidden": ("hidden", ".0%"),
+  "efficiency, one by one": ("exposed", ".0%"),
+  "images/s per host": ("host", ",.0f"),
+}
+POINT_COLUMNS = {
+  "ViT": ("variant", ""),
+  "layout": ("layout", ""),
+  "slice": ("topology", ""),
+  "images/chip": ("images", ".0f"),
+  "all-reduce MB": ("all-reduce", ".1f"),
+  "all-gather MB": ("all-gather", ".1f"),
+  "reduce-scatter MB": ("reduce-scatter", ".1f"),
+  "other MB": ("other", ".1f"),
+  "state and batch GiB": ("state", ".2f"),
+  "memory GiB": ("memory", ".2f"),
+}
+
+
+def point_row(point: Point) -> Point:
+  sent = collections.Counter()
+  for one in (Collective(**fields) for fields in point["collectives"]):
+    name = one.operation if one.operation in MAIN_OPERATIONS else "other"
+    sent[name] += one.sent * (one.count or 0) / 1e6
+  return {
+    **point,
+    **{name: sent[name] for name in (*MAIN_OPERATIONS, "other")},
+    "images": point["batch_size"] / point["devices"],
+    "state": point["arguments"] / 2**30,
+    "memory": point["needed"] / 2**30,
+  }
+
+
+def markdown(rows: list[Point], columns: dict[str, tuple[str, str]]) -> str:
+  lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+  lines += ["| " + " | ".join(format(row[key], spec) for key, spec in columns.values()) + " |" for row in rows]
+  return "\n".join(lines)
+
+
+def draw(path: pathlib.Path, rows: list[Point], options: argparse.Namespace) -> None:
+  """Computing and sending over the number of chips."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  variants = sorted({row["variant"] for row in rows})
+  figure, axes = plt.subplots(1, len(variants), figsize=(5 * len(variants), 3.8), sharey=True, squeeze=False)
+  for axis, variant in zip(axes[0], variants, strict=True):
+    for layout, style in (("data", "-"), ("fsdp", "--")):
+      own = [row for row in rows if (row["variant"], row["layout"]) == (variant, layout)]
+      chips = [row["devices"] for row in own]
+      if own and layout == "data":
+        axis.plot(chips, [row["computing"] for row in own], "k-", label=f"computing at {options.mfu:.0%} of the peak")
+      axis.plot(chips, [row["sending"] for row in own], f"C0{style}", label=f"sending, {layout}")
+    axis.set(xscale="log", yscale="log", xlabel="chips", title=f"ViT-{variant}, {options.batch} images per step")
+    axis.set_xticks(SIZES, [f"{size:,}" for size in SIZES], fontsize=8)
+    axis.minorticks_off()
+  axes[0][0].set_ylabel("ms per step")
+  axes[0][0].legend(fontsize=8)
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+
+
+# ------------------------------------------------------------ the command
+
+
+def parse_options() -> argparse.Namespace:
+  linked = [name for name, chip in roofline.CHIPS.items() if chip.network]
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--json", type=pathlib.Path, required=True, metavar="FILE", help="points, read and added to")
+  parser.add_argument("--topology", nargs="*", default=[], help="to compile for: v5e:4x4, cpu:16")
+  parser.add_argument("--variant", nargs="+", choices=CONFIGS, default=[*CONFIGS])
+  parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["data", "fsdp"])
+  parser.add_argument("--images", type=int, default=64, help="per device, of the points (%(default)s)")
+  parser.add_argument("--chip", choices=linked, default="v5e", help="of the table (%(default)s)")
+  parser.add_argument("--batch", type=int, default=2048, help="global, of the table (%(default)s)")
+  parser.add_argument("--mfu", type=float, default=0.4, help="assumed (%(default)s)")
+  parser.add_argument("--links", type=float, default=0.5, help="assumed share of the links' rate (%(default)s)")
+  parser.add_argument("--figure", type=pathlib.Path, metavar="FILE", help="draw computing and sending")
+  return parser.parse_args()
+
+
+def add_points(points: list[Point], options: argparse.Namespace) -> None:
+  """Compiles what was asked for and is not there, and writes the record after each point."""
+  known = {(point["variant"], point["layout"], point["topology"]) for point in points}
+  for topology in options.topology:
+    for variant in options.variant:
+      for layout in options.layout:
+        if (variant, layout, topology) not in known:
+          points.append(compile_point(variant, layout, topology, options.images))
+          write_json(options.json, points, PACKAGES)
+
+
+def main() -> None:
+  options = parse_options()
+  points = json.loads(options.json.read_text())["results"] if options.json.exists() else []
+  add_points(points, options)
+  report([point_row(point) for point in points], POINT_COLUMNS)
+  rows = []
+  for (where, variant, layout), volume in sorted(agreed_volumes(points).items()):
+    if where == "tpu" and layout != "tensor":
+      point = next(p for p in points if (p["variant"], p["layout"], backend(p)) == (variant, layout, where))
+      rows += scale(variant, layout, volume, point["flops"] * point["devices"] / point["batch_size"], options)
+  if rows:
+    print("\n" + markdown([point_row(point) for point in points], POINT_COLUMNS))
+    print("\n" + markdown(rows, COLUMNS))
+  if options.figure:
+    draw(options.figure, rows, options)
+
+
+if __name__ == "__main__":
+  main()
