@@ -172,7 +172,6 @@ def _name(path: tuple[Any, ...]) -> str:
 
 def put(params: Any, mesh: Mesh) -> Any:
   """Host arrays -> each device's part of them on the devices, split as `shard` says."""
-
   return jax.tree.map(place, params, shard(params, mesh))
 
 

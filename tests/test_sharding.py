@@ -21,11 +21,12 @@ from test_collectives import collectives
 from configs import finetune_quickstart, quickstart
 from dtm_jax import config as config_lib
 from dtm_jax import finetuning, pretraining, sharding
-from dtm_jax.axes import BATCH, HEADS, MESH_AXES
+from dtm_jax.axes import BATCH, HEADS, MESH_AXES, MLP
 from dtm_jax.checkpoint import CheckpointStore
 from dtm_jax.config import MeshConfig, OptimConfig
 from dtm_jax.errors import InputError
 from dtm_jax.models.clip import ClipVision
+from dtm_jax.models.layers import unconstrained
 from dtm_jax.models.variants import VARIANTS
 from dtm_jax.models.vit import Classifier, ViT
 from dtm_jax.optim import averaged_params, create_optimizer
@@ -124,6 +125,56 @@ def test_the_optimizers_state_lies_where_its_parameters_do():
   adam = split.opt_state[1]
   assert split.params == adam.mu == adam.nu == averaged_params(split.opt_state)
   assert split.step == adam.count == sharding.replicated(mesh)
+
+
+# ------------------------------------------------------------ activations
+
+
+def constrained(model, *inputs) -> collections.Counter:
+  """How often a model of batches of two tells who holds an activation, by its shape and axes."""
+  seen = collections.Counter()
+
+  def constrain(x, axes):
+    seen[x.shape, axes] += 1
+    return x
+
+  model = model.clone(constrain=constrain)
+  params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+  seen.clear()
+  jax.eval_shape(model.apply, params, *inputs)
+  return seen
+
+
+@pytest.mark.parametrize("kind", ["student", "scanned", "classifier", "clip_vision"])
+def test_activations_are_constrained_at_the_bounds_of_blocks_and_inside(kind):
+  sizes = {"width": 8, "depth": 3, "heads": 2, "patch_size": 4, "grid": (2, 2)}
+  images, mask = jnp.zeros((2, 8, 8, 3)), jnp.zeros((2, 4), bool)
+  model, *inputs = {
+    "student": (ViT(**sizes, layer_scale=0.1, out_dim=6), images, mask),
+    "scanned": (ViT(**sizes, layer_scale=0.1, out_dim=6, scan_layers=True), images, mask),
+    "classifier": (Classifier(**sizes, layer_scale=0.1, num_classes=6), images),
+    "clip_vision": (ClipVision(**sizes, out_dim=6), images),
+  }[kind]
+  blocks = 1 if kind == "scanned" else 3
+  output = {"classifier": ((2, 6), (BATCH, None)), "clip_vision": ((2, 5, 6), (BATCH, None, None))}
+  assert constrained(model, *inputs) == {
+    ((2, 5, 8), (BATCH, None, None)): 1 + 2 * blocks,
+    ((2, 5, 2, 4), (BATCH, None, HEADS, None)): 3 * blocks,
+    ((2, 5, 32), (BATCH, None, MLP)): blocks,
+    output.get(kind, ((2, 4, 6), (BATCH, None, None))): 1,
+  }
+
+
+def test_a_run_constrains_its_model_and_its_teacher():
+  config = quickstart.get_config("smoke")
+  config.data.update(image_size=64, num_masked=20)
+  config.model.patch_size = 8
+  config.teacher.update(kind="clip", weights=str(GOLDEN / "clip_vision_tiny.pth"))
+  config.mesh.update(data=2, fsdp=2, tensor=2)
+  parts = pretraining.build(config_lib.resolve(config))
+  for module in (parts.model, parts.teacher.tower, parts_on("finetune", 2, 2, 2).model):
+    assert module.constrain(jnp.zeros((8, 3)), (BATCH, None)).sharding.shard_shape((8, 3)) == (2, 3)
+  assert shardings_of(parts.teacher_params) == sharding.shard(parts.teacher_params, parts.mesh)
 
 
 # ------------------------------------------------------------ the mesh
@@ -236,8 +287,10 @@ def parts_on(task: str, *sizes: int):
   config.mesh.update(dict(zip(MESH_AXES, sizes, strict=bool(sizes))))
   config.update_from_flattened_dict(CHANGES[task])
   parts = {"pretrain": pretraining, "finetune": finetuning}[task].build(config_lib.resolve(config))
-  mesh = parts.mesh if sizes else jax.sharding.Mesh(parts.mesh.devices[:1, :1, :1], MESH_AXES)
-  parts = dataclasses.replace(parts, mesh=mesh, model=parts.model.clone(**SMALL, constrain=sharding.constrain_to(mesh)))
+  model, mesh = parts.model.clone(**SMALL), parts.mesh
+  if not sizes:
+    model, mesh = model.clone(constrain=unconstrained), jax.sharding.Mesh(mesh.devices[:1, :1, :1], MESH_AXES)
+  parts = dataclasses.replace(parts, model=model, mesh=mesh)
   return with_teacher(parts) if task == "pretrain" else parts
 
 
