@@ -87,16 +87,17 @@ def _circumstances(resolved) -> dict[str, Any]:
   return {"config": config.to_json(resolved), "code": distributed.code_sha256(), **workdir.versions()}
 
 
-def _stop_requests() -> contextlib.AbstractContextManager[Callable[[], bool]]:
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+  """Asked whether a signal wants the run to stop."""
   from dtm_jax import distributed
 
-  return distributed.stop_requests() if distributed.count() > 1 else _own_signals()
-
-
-@contextlib.contextmanager
-def _own_signals() -> Iterator[Callable[[], bool]]:
-  with noted_signals() as stop:
-    yield stop.is_set
+  if distributed.count() > 1:
+    with distributed.stop_requests() as stop_requested:
+      yield stop_requested
+  else:
+    with noted_signals() as stop:
+      yield stop.is_set
 
 
 @contextlib.contextmanager
