@@ -4,8 +4,9 @@
   python benchmarks/scaling.py --json=FILE --chip=v5e --figure=docs/images/scaling.png  # of what FILE has
 
 Each point is the step that training runs (configs/vitb.py, configs/vitl.py), compiled with its layers scanned: that
-compiles several times faster and sends the same gradients. TPU slices need libtpu, cpu:N nothing; but a program for
-CPUs sums gradients of matrices in float32 where TPUs do in bfloat16. Points that FILE has are not compiled again.
+compiles several times faster and sends the same gradients; and, but for --morphing, without morphing, which sends
+nothing. TPU slices need libtpu, cpu:N nothing; but a program for CPUs sums gradients of matrices in float32 where TPUs
+do in bfloat16. Points that FILE has are not compiled again.
 
 Then a table of 8 to 1,024 chips for one global batch. Bytes: an all-reduce of V bytes among n sends 2 V (n-1)/n of them
 from each device, a gather or scatter V (n-1)/n; V is that of the points, and where points of one kind at several sizes
@@ -41,19 +42,21 @@ Point = dict[str, Any]
 # ------------------------------------------------------------ points
 
 
-def compile_point(variant: str, layout: str, topology: str, images_per_device: int) -> Point:
+def compile_point(variant: str, layout: str, topology: str, options: argparse.Namespace) -> Point:
   """The step of one layout on one slice, as its compiler tells it."""
   devices = ahead_of_time.open_devices(topology)
   settings = CONFIGS[variant].get_config()
-  settings.data.batch_size = images_per_device * len(devices) // LAYOUTS[layout].get("tensor", 1)
+  settings.data.batch_size = options.images * len(devices) // LAYOUTS[layout].get("tensor", 1)
   settings.model.scan_layers = True
+  settings.morphing.enabled = options.morphing
   settings.mesh.update(LAYOUTS[layout])
   with jax.default_matmul_precision("float32"):  # as in training
     compiled = ahead_of_time.compile_step(config_lib.resolve(settings), devices)
   told = ("seconds", "arguments", "outputs", "aliased", "temporaries", "needed", "flops", "counted_flops", "moved")
   return {
     **{"variant": variant, "layout": layout, "topology": topology, "devices": len(devices)},
-    **{"batch_size": settings.data.batch_size, **{name: getattr(compiled, name) for name in told}},
+    **{"batch_size": settings.data.batch_size, "morphing": options.morphing},
+    **{name: getattr(compiled, name) for name in told},
     "collectives": merged(compiled.collectives),
   }
 
@@ -202,6 +205,7 @@ def parse_options() -> argparse.Namespace:
   parser.add_argument("--variant", nargs="+", choices=CONFIGS, default=[*CONFIGS])
   parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["data", "fsdp"])
   parser.add_argument("--images", type=int, default=64, help="per device, of the points (%(default)s)")
+  parser.add_argument("--morphing", action="store_true", help="of the points, too")
   parser.add_argument("--chip", choices=linked, default="v5e", help="of the table (%(default)s)")
   parser.add_argument("--batch", type=int, default=2048, help="global, of the table (%(default)s)")
   parser.add_argument("--mfu", type=float, default=0.4, help="assumed (%(default)s)")
@@ -217,7 +221,7 @@ def add_points(points: list[Point], options: argparse.Namespace) -> None:
     for variant in options.variant:
       for layout in options.layout:
         if (variant, layout, topology) not in known:
-          points.append(compile_point(variant, layout, topology, options.images))
+          points.append(compile_point(variant, layout, topology, options))
           write_json(options.json, points, PACKAGES)
 
 

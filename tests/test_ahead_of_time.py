@@ -19,7 +19,7 @@ from dtm_jax.models.layers import unconstrained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*load_module:DeprecationWarning")
 
-QUICK = {"model__scan_layers": True, "morphing__enabled": False}  # to compile
+QUICK = {"morphing__enabled": False, "teacher__kind": "pixels"}  # to compile
 
 
 def make_config(**changes) -> config_lib.Config:
@@ -30,11 +30,16 @@ def make_config(**changes) -> config_lib.Config:
   return config_lib.resolve(settings)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def eight_devices():
+  """Started before a topology of fewer could be all that the process has."""
+  assert len(jax.devices()) == 8
+
+
 @functools.cache
 def compiled() -> ahead_of_time.Compiled:
   """On four devices."""
-  config = make_config(morphing__enabled=False, teacher__kind="pixels")
-  return ahead_of_time.compile_step(config, ahead_of_time.open_devices("cpu:4"))
+  return ahead_of_time.compile_step(make_config(**QUICK), ahead_of_time.open_devices("cpu:4"))
 
 
 def num_bytes(tree) -> int:
@@ -53,8 +58,8 @@ def test_memory_is_that_of_state_and_batch():
 
 
 def test_flops_are_those_that_the_compiler_counts():
-  # More is counted than matrix products: 12 % in a model so small (measured 1.117), 3 % in ViT-S.
-  assert 1 < compiled().counted_flops / compiled().flops < 1.2
+  # More is counted than matrix products, of which two images of 16 tokens have few: measured 1.21; in ViT-S 1.03.
+  assert 1 < compiled().counted_flops / compiled().flops < 1.25
 
 
 def test_gradients_are_what_is_reduced():
@@ -131,7 +136,7 @@ def test_split_state_takes_less_and_what_does_not_fit_is_told_in_one_line(capsys
   assert "4 cpu devices, data 1 x fsdp 4" in out and "does not fit in 0.001 GiB" in out
   assert re.fullmatch(r"error: does not fit: the step needs [\d.]+ GiB of each device's 0.001 GiB; take .*\n", err)
   arguments = float(re.search(r"arguments ([\d.]+) GiB", out)[1]) * 2**30
-  assert 0.25 < arguments / compiled().arguments < 0.27  # measured 0.255: a quarter, and what does not divide
+  assert arguments / compiled().arguments == pytest.approx(0.25, rel=0.04)  # a quarter, and what does not divide
   assert "all-gather" in out and {one.operation for one in compiled().collectives} == {"all-reduce"}
   assert not [*tmp_path.iterdir()]
 
