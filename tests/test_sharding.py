@@ -24,6 +24,7 @@ from dtm_jax import finetuning, pretraining, sharding
 from dtm_jax.axes import BATCH, HEADS, MESH_AXES, MLP
 from dtm_jax.checkpoint import CheckpointStore
 from dtm_jax.config import MeshConfig, OptimConfig
+from dtm_jax.convert import load_torch
 from dtm_jax.errors import InputError
 from dtm_jax.models.clip import ClipVision
 from dtm_jax.models.layers import unconstrained
@@ -175,6 +176,7 @@ def test_a_run_constrains_its_model_and_its_teacher():
   for module in (parts.model, parts.teacher.tower, parts_on("finetune", 2, 2, 2).model):
     assert module.constrain(jnp.zeros((8, 3)), (BATCH, None)).sharding.shard_shape((8, 3)) == (2, 3)
   assert shardings_of(parts.teacher_params) == sharding.shard(parts.teacher_params, parts.mesh)
+  assert params_sha256(parts.teacher_params) == params_sha256(load_torch(parts.config.teacher.weights)[2])
 
 
 # ------------------------------------------------------------ the mesh
