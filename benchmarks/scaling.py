@@ -10,8 +10,12 @@ do in bfloat16. Points that FILE has are not compiled again.
 
 Then a table of 8 to 1,024 chips for one global batch. Bytes: an all-reduce of V bytes among n sends 2 V (n-1)/n of them
 from each device, a gather or scatter V (n-1)/n; V is that of the points, and where points of one kind at several sizes
-disagree on it by over 1 %, the script ends with an error. Seconds: computing is the model's FLOPs at --mfu of the peak;
-sending goes at --links of what a chip's links carry at once. Host: images/s that four chips ask for.
+disagree on it by over 1 %, or on the formula for data parallelism on TPUs (`reduced_bytes`), the script ends with an
+error. Seconds: computing is the model's FLOPs at --mfu of the peak;
+sending goes at --links of what a chip's links carry at once.
+
+Last, what a host has to feed: images/s of all its chips at --mfu, and the cores that benchmarks/host_pipeline.py's
+result (JPEG of 500 x 375 pixels to 224 px crops, on one core) asks for.
 """
 
 import argparse
@@ -27,12 +31,17 @@ from configs import vitb, vitl
 from dtm_jax import ahead_of_time, roofline
 from dtm_jax import config as config_lib
 from dtm_jax.collectives import Collective
+from dtm_jax.models.clip import CLIP_B16, ClipVision
+from dtm_jax.models.variants import VARIANTS
+from dtm_jax.networks import create_classifier, create_student
 
 CONFIGS = {"B": vitb, "L": vitl}
 LAYOUTS = {"data": {}, "fsdp": {"data": 1, "fsdp": -1}, "tensor": {"tensor": 4}}
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 SAME = 0.01  # relative difference of V between sizes that counts as none
-CHIPS_PER_HOST = 4
+HOST = {"v4": 4, "v5e": 4, "v5p": 4, "v6e": 4, "a100": 8, "h100": 8, "h200": 8}  # usual chips of a host
+PIPELINE = pathlib.Path(__file__).parent / "results" / "host_pipeline_cpu.json"
+IMAGE = "500 x 375"  # of its rows
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 MAIN_OPERATIONS = ("all-reduce", "all-gather", "reduce-scatter")
 
@@ -91,10 +100,27 @@ def agreed_volumes(points: list[Point]) -> dict[tuple[str, str, str], dict[str, 
       difference = abs(first.get(operation, 0) - found.get(operation, 0))
       if point["layout"] != "tensor" and difference > SAME * sum(first.values()):
         raise SystemExit(f"{key} of {point['topology']}: {operation} differs by {difference / 1e6:.4g} MB")
+  for variant in CONFIGS:
+    expected = {"all-reduce": reduced_bytes(variant)}
+    if agreed.setdefault(("tpu", variant, "data"), expected) != expected:
+      raise SystemExit(f"ViT-{variant}: the points say {agreed['tpu', variant, 'data']}, the formula {expected}")
   return agreed
 
 
 # ------------------------------------------------------------ sizes
+
+
+def reduced_bytes(variant: str) -> int:
+  """V of data parallelism on TPUs, in which every gradient is summed once: as the points have it, to the byte.
+
+  Gradients of matrices go in bfloat16, those of vectors in float32, as do each block's of its [heads, T, T] attention
+  biases, which only then become one of the table; and two sums of the loss.
+  """
+  size, tokens, patch = VARIANTS[variant], 1 + 14 * 14, 3 * 16**2
+  width, targets = size.width, CLIP_B16["out_dim"]
+  block = 2 * 12 * width**2 + 4 * 14 * width + 4 * size.heads * tokens**2
+  vectors = 5 * width + targets  # of the last norm, class and mask token, patch embedding, head
+  return size.depth * block + 2 * width * (patch + targets) + 4 * (vectors + 2)
 
 
 def scale(
@@ -115,7 +141,6 @@ def scale(
         "sending": 1e3 * sending,
         "hidden": computing / step,
         "exposed": computing / (computing + sending),
-        "host": CHIPS_PER_HOST / devices * options.batch / step,
       }
     )
   return rows
@@ -133,7 +158,15 @@ COLUMNS = {
   "sending ms": ("sending", ".2f"),
   "efficiency, hidden": ("hidden", ".0%"),
   "efficiency, one by one": ("exposed", ".0%"),
-  "images/s per host": ("host", ",.0f"),
+}
+HOST_COLUMNS = {
+  "ViT": ("variant", ""),
+  "chip": ("chip", ""),
+  "chips of a host": ("chips", ""),
+  "pre-training, images/s": ("pre-training", ",.0f"),
+  "cores": ("pre-training cores", ".1f"),
+  "fine-tuning, images/s": ("fine-tuning", ",.0f"),
+  "its cores": ("fine-tuning cores", ".1f"),
 }
 POINT_COLUMNS = {
   "ViT": ("variant", ""),
@@ -161,6 +194,30 @@ def point_row(point: Point) -> Point:
     "state": point["arguments"] / 2**30,
     "memory": point["needed"] / 2**30,
   }
+
+
+def flops_of_an_image(variant: str) -> dict[str, float]:
+  """By the recipe that the pipeline was timed for."""
+  config = config_lib.resolve(CONFIGS[variant].get_config())
+  teacher = ClipVision(**CLIP_B16)
+  return {
+    "pre-training": roofline.training_flops(1, create_student(config, teacher.out_dim), teacher),
+    "fine-tuning": roofline.training_flops(1, create_classifier(config, 1000), None),
+  }
+
+
+def host_rows(variants: list[str], mfu: float) -> list[Point]:
+  """What hosts have to feed."""
+  timed = json.loads(PIPELINE.read_text())["results"]["rows"]
+  per_core = {row["recipe"]: row["ours_images_per_s"] for row in timed if row["image"] == IMAGE}
+  rows = []
+  for variant in variants:
+    flops = flops_of_an_image(variant)
+    for name, chips in HOST.items():
+      images = {recipe: chips * roofline.CHIPS[name].teraflops * 1e12 * mfu / flops[recipe] for recipe in per_core}
+      cores = {f"{recipe} cores": images[recipe] / per_core[recipe] for recipe in per_core}
+      rows.append({"variant": variant, "chip": name, "chips": chips, **images, **cores})
+  return rows
 
 
 def markdown(rows: list[Point], columns: dict[str, tuple[str, str]]) -> str:
@@ -233,11 +290,11 @@ def main() -> None:
   rows = []
   for (where, variant, layout), volume in sorted(agreed_volumes(points).items()):
     if where == "tpu" and layout != "tensor":
-      point = next(p for p in points if (p["variant"], p["layout"], backend(p)) == (variant, layout, where))
-      rows += scale(variant, layout, volume, point["flops"] * point["devices"] / point["batch_size"], options)
+      rows += scale(variant, layout, volume, flops_of_an_image(variant)["pre-training"], options)
   if rows:
     print("\n" + markdown([point_row(point) for point in points], POINT_COLUMNS))
     print("\n" + markdown(rows, COLUMNS))
+  print("\n" + markdown(host_rows(options.variant, options.mfu), HOST_COLUMNS))
   if options.figure:
     draw(options.figure, rows, options)
 
