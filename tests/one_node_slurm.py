@@ -34,6 +34,7 @@ SchedulerType=sched/builtin
 SchedulerParameters=sched_interval=1
 MpiDefault=none
 ReturnToService=2
+MinJobAge=86400
 FirstJobId={first_job}
 GresTypes=gpu
 NodeName={node} CPUs=4 Gres=gpu:2
@@ -77,7 +78,7 @@ class Cluster:
     words = self.run("scontrol", "show", "job", job).split()
     return dict(word.split("=", 1) for word in words if "=" in word)
 
-  def wait(self, condition: Callable[[], object], why: Callable[[], object], seconds: float = 300) -> None:
+  def wait(self, condition: Callable[[], object], why: Callable[[], object], seconds: float = 1200) -> None:
     """Returns as soon as the condition holds; fails with `why` where it takes so long that it never will."""
     end = time.monotonic() + seconds
     while not condition():

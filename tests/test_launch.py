@@ -41,6 +41,12 @@ def submit(slurm, *arguments: str, script_options: tuple[str, ...] = ()) -> str:
   return slurm.submit(*script_options, str(LAUNCH / "slurm.sbatch"), *arguments, **settings)
 
 
+def submit_two(slurm, workdir: pathlib.Path) -> str:
+  """A job of two processes that saves nothing before its end, unless it is stopped."""
+  settings = {"run__steps": NUM_STEPS, "run__checkpoint_every_steps": 10 * NUM_STEPS}
+  return submit(slurm, *runs.options(workdir, **settings), script_options=("--ntasks=2",))
+
+
 def wait_until(slurm, job: str, condition) -> None:
   slurm.wait(condition, lambda: (slurm.job(job), log(slurm, job)))
 
@@ -56,27 +62,22 @@ def has_ended(slurm, job: str) -> bool:
 
 @pytest.mark.slow
 def test_a_preempted_job_saves_is_requeued_and_ends_as_if_nothing_had_been(slurm, tmp_path):
-  """Two jobs of two processes each, at the same time on the same node; one of them is told to stop."""
-  settings = {"run__steps": NUM_STEPS, "run__checkpoint_every_steps": 10 * NUM_STEPS}
-  workdirs = {name: tmp_path / name for name in ("preempted", "undisturbed")}
-  jobs = {
-    name: submit(slurm, *runs.options(workdir, **settings), script_options=("--ntasks=2",))
-    for name, workdir in workdirs.items()
-  }
-  job, workdir = jobs["preempted"], workdirs["preempted"]
+  """A job of two processes is told to stop, while another one runs on the same node."""
+  workdir, undisturbed = tmp_path / "preempted", tmp_path / "undisturbed"
+  job = submit_two(slurm, workdir)
   wait_until(slurm, job, lambda: (workdir / "metrics.jsonl").exists() and len(runs.rows(workdir)) >= 3)
   slurm.run("scancel", "--signal=TERM", job)  # to the tasks, as preemption does before its grace time
+  other_job = submit_two(slurm, undisturbed)
   wait_until(slurm, job, lambda: slurm.job(job)["Restarts"] == "1" or has_ended(slurm, job))
   [saved] = runs.checkpoints(workdir)
   assert 3 <= saved < NUM_STEPS
-  for name in jobs.values():
+  for name in (job, other_job):
     wait_until(slurm, name, lambda name=name: has_ended(slurm, name))
-  assert [slurm.job(name)["JobState"] for name in jobs.values()] == ["COMPLETED"] * 2
+    assert slurm.job(name)["JobState"] == "COMPLETED", log(slurm, name)
   assert f"resuming at step {saved} of" in log(slurm, job)
   assert [row["step"] for row in runs.rows(workdir)] == [*range(1, NUM_STEPS + 1)]
-  assert runs.rows(workdir) == runs.rows(workdirs["undisturbed"])
-  preempted, undisturbed = (runs.summary(workdir)["params_sha256"] for workdir in workdirs.values())
-  assert preempted == undisturbed
+  assert runs.rows(workdir) == runs.rows(undisturbed)
+  assert runs.summary(workdir)["params_sha256"] == runs.summary(undisturbed)["params_sha256"]
 
 
 @pytest.mark.slow
