@@ -221,6 +221,7 @@ def host_rows(variants: list[str], mfu: float) -> list[Point]:
 
 
 def markdown(rows: list[Point], columns: dict[str, tuple[str, str]]) -> str:
+  columns = {name: (key, spec) for name, (key, spec) in columns.items() if any(row[key] for row in rows)}
   lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
   lines += ["| " + " | ".join(format(row[key], spec) for key, spec in columns.values()) + " |" for row in rows]
   return "\n".join(lines)
@@ -241,7 +242,8 @@ def draw(path: pathlib.Path, rows: list[Point], options: argparse.Namespace) -> 
       chips = [row["devices"] for row in own]
       if own and layout == "data":
         axis.plot(chips, [row["computing"] for row in own], "k-", label=f"computing at {options.mfu:.0%} of the peak")
-      axis.plot(chips, [row["sending"] for row in own], f"C0{style}", label=f"sending, {layout}")
+      if own:
+        axis.plot(chips, [row["sending"] for row in own], f"C0{style}", label=f"sending, {layout}")
     axis.set(xscale="log", yscale="log", xlabel="chips", title=f"ViT-{variant}, {options.batch} images per step")
     axis.set_xticks(SIZES, [f"{size:,}" for size in SIZES], fontsize=8)
     axis.minorticks_off()
