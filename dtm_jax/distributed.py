@@ -5,6 +5,7 @@ All of it works alike, and costs nothing, where there is only one process.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -29,6 +30,7 @@ from absl import logging
 from jax._src.clusters import ClusterEnv, K8sCluster
 from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, PartitionSpec
 
 from dtm_jax import console
 from dtm_jax.errors import InputError, some_of
@@ -123,13 +125,21 @@ def is_first() -> bool:
   return index() == 0
 
 
-def log_topology(mesh: str) -> None:
-  """Where there are several processes, one line about them, their hosts and devices; `mesh` tells how these lie."""
+def connect(mesh: Mesh, layout: str) -> None:
+  """Connects the devices of several processes, and logs a line about these, their hosts and the mesh; all have to come.
+
+  On CPUs who needs a connection first waits 30 s for the others to need it, and some may compile for longer.
+  """
   if count() == 1:
     return
+  shared = [axis for axis, size in mesh.shape.items() if size > 1]
+  for axes in itertools.chain.from_iterable(itertools.combinations(shared, n + 1) for n in range(len(shared))):
+    everywhere = {"mesh": mesh, "in_specs": PartitionSpec(), "out_specs": PartitionSpec()}
+    add = jax.shard_map(functools.partial(jax.lax.psum, axis_name=axes), **everywhere)
+    jax.block_until_ready(jax.jit(add)(np.float32(1)))
   hosts, sizes = zip(*gather([socket.gethostname(), jax.local_device_count()]), strict=True)
   each = "-".join(map(str, sorted({*sizes})))
-  logging.info("%d processes on %d host(s) with %s device(s) each: %s", len(hosts), len({*hosts}), each, mesh)
+  logging.info("%d processes on %d host(s) with %s device(s) each: %s", len(hosts), len({*hosts}), each, layout)
 
 
 # ------------------------------------------------------------ agreeing

@@ -138,7 +138,7 @@ def run(config: Config, workdir: pathlib.Path, command: str, stop_requested: Cal
   """
   start = time.perf_counter()
   parts = distributed.together(lambda: build(config))
-  distributed.log_topology(sharding.describe(parts.mesh))
+  distributed.connect(parts.mesh, sharding.describe(parts.mesh))
   new_record = _new_record(parts, command)
   if _is_complete(workdir, parts.config, new_record):
     logging.info("%s is complete; its results are in %s", workdir, workdir / SUMMARY_FILE)

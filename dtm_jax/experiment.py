@@ -193,7 +193,7 @@ def run(
     logging.info("%s is complete; its results are in %s", workdir, workdir / SUMMARY_FILE)
     return True
   parts = distributed.together(lambda: build(config))
-  distributed.log_topology(sharding.describe(parts.mesh))
+  distributed.connect(parts.mesh, sharding.describe(parts.mesh))
   new_record = _new_record(parts, command)
   inputs = (*parts.recorded_inputs, "train_images", "resampler")
   workdirs.check_same_inputs(workdir, record, new_record, inputs)

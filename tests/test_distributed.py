@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import runs
+import two_processes
 from dtm_jax import console, distributed
 from dtm_jax.errors import InputError
 
@@ -92,68 +93,28 @@ def environment(**variables: str) -> dict[str, str]:
 
 # ------------------------------------------------------------ how they agree
 
-AGREEING = """
-import itertools, json, pathlib, signal, sys, time
 
-from dtm_jax import distributed
-from dtm_jax.errors import InputError
-
-distributed.initialize()
-own, folder = distributed.index(), pathlib.Path(sys.argv[1])
-is_last = own == 1
-
-
-def fail(text):
-  raise InputError(text)
-
-
-def told(action):
-  try:
-    return action()
-  except distributed.SharedInputError as error:
-    return str(error)
-
-
-def ask_until_told():
-  "Each at its own pace; the last one is told, twice."
-  with distributed.stop_requests() as stop_requested:
-    for asked in itertools.count(1):
-      if stop_requested():
-        return asked, stop_requested()
-      if is_last and asked in (5, 8):
-        signal.raise_signal(signal.SIGINT if asked == 8 else signal.SIGTERM)
-      time.sleep(0.05 if is_last else 0.01)
-
-
-results = {
-  "gather": distributed.gather({"own": own}),
-  "from first": distributed.from_first(lambda: [own, "ä"]),
-  "first fails": told(lambda: distributed.from_first(lambda: fail("no record"))),
-  "last fails": told(lambda: distributed.together(lambda: fail("no data") if is_last else own)),
-  "all fail": told(lambda: distributed.together(lambda: fail("no data"))),
-  "none fails": told(lambda: distributed.together(lambda: own)),
-  "same": told(lambda: distributed.check_same({"config": {"seed": 1}})),
-  "other": told(lambda: distributed.check_same({"config": {"seed": own, "steps": 3}})),
-  "shared": told(lambda: distributed.check_shared(folder)),
-  "left": distributed.gather(None) and sorted(path.name for path in folder.iterdir()),
-  "stopped": ask_until_told(),
-}
-distributed.SHARED_FOLDER_SECONDS = 0.2
-(folder / str(own)).mkdir()
-results["not shared"] = told(lambda: distributed.check_shared(folder / str(own)))
-distributed.gather(None)
-print(json.dumps(results))
-"""
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+  """A folder of two classes, 45 images to learn and 5 to be tested; four of all cannot be read."""
+  folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+  for i in range(50):
+    path = folder / f"class{i // 25}" / f"{i:02}.png"
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(rng.integers(256, size=(20, 20, 3), dtype=np.uint8)).save(path)
+    if i in (0, 7, 12, 33):
+      path.write_bytes(b"no image")
+  return folder
 
 
 @pytest.fixture(scope="module")
-def agreed(tmp_path_factory):
+def agreed(tmp_path_factory, images):
   """What two processes say to each other, by process."""
   folder, address = tmp_path_factory.mktemp("agreed"), f"127.0.0.1:{free_port()}"
 
   def start(index: int):
     variables = TOGETHER | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(index)}
-    command = [sys.executable, "-c", AGREEING, str(folder)]
+    command = [sys.executable, two_processes.__file__, str(folder), str(images)]
     return subprocess.Popen(command, env=environment(**variables), stdout=subprocess.PIPE, text=True)
 
   processes = [start(0), start(1)]
@@ -203,6 +164,20 @@ def test_all_processes_stop_at_the_same_call(agreed):
   assert still
 
 
+def test_two_processes_evaluate_what_one_does(agreed, images):
+  """Each image once, though the last batches are not full, and some cannot be read."""
+  alone = two_processes.evaluate(str(images))
+  assert [len(labels) for labels in alone["labels"]] == [42, 4]
+  for said in agreed:
+    found = said["evaluated"]
+    assert {name: found[name] for name in ("labels", "knn", "probe")} == {
+      name: alone[name] for name in ("labels", "knn", "probe")
+    }
+    for own, other in zip(found["features"], alone["features"], strict=True):
+      np.testing.assert_allclose(own, other, rtol=1e-6)
+  assert agreed[0]["evaluated"]["split_rows"] == agreed[1]["evaluated"]["split_rows"]
+
+
 def test_the_others_are_silent(monkeypatch, capsys):
   for name, value in {"_speaker": "", "_is_silent": False}.items():
     monkeypatch.setattr(console, name, value)
@@ -233,19 +208,6 @@ def train(count: int, devices: int, arguments: list[str], cache: pathlib.Path) -
   _, stderr = process.communicate()
   assert process.returncode == 0, stderr
   return stderr
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-  """A folder of two classes, 45 images to learn and 5 to be tested; four of all cannot be read."""
-  folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-  for i in range(50):
-    path = folder / f"class{i // 25}" / f"{i:02}.png"
-    path.parent.mkdir(exist_ok=True)
-    Image.fromarray(rng.integers(256, size=(20, 20, 3), dtype=np.uint8)).save(path)
-    if i in (0, 7, 12, 33):
-      path.write_bytes(b"no image")
-  return folder
 
 
 def options(workdir: pathlib.Path, images: pathlib.Path, **settings) -> list[str]:
@@ -413,7 +375,7 @@ def test_a_signal_to_the_launcher_reaches_all(tmp_path, images, compile_cache):
   launcher = launch(2, 1, options(tmp_path, images, run__steps=5000), compile_cache)
   rows = tmp_path / "metrics.jsonl"
   runs.wait_until(lambda: rows.exists() and len(rows.read_text().splitlines()) >= 3, launcher)
-  launcher.send_signal(signal.SIGINT)
+  launcher.terminate()
   _, stderr = launcher.communicate()
   assert launcher.returncode == 143, stderr
   assert "stopped and saved at step" in stderr
