@@ -260,6 +260,7 @@ def test_only_the_first_of_two_processes_speaks(paired):
   ]
 
 
+@pytest.mark.slow
 def test_processes_that_differ_are_told_apart(tmp_path, images, compile_cache):
   """The second one learns from other images, of which the folder has another number."""
   address = f"127.0.0.1:{free_port()}"
