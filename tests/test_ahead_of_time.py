@@ -174,3 +174,13 @@ def test_a_process_of_its_own_has_the_devices_it_is_told(tmp_path):
   assert "one step of 32 images on 16 cpu devices" in process.stdout and "fits in 15.75 GiB" in process.stdout
   assert "assumed: 1,000 classes" in process.stdout
   assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.slow
+def test_the_page_on_scaling_has_the_tables_of_its_script():
+  command = [sys.executable, "benchmarks/scaling.py", "--json=benchmarks/results/scaling_v5e.json"]
+  environment = os.environ | {"PYTHONPATH": str(runs.ROOT)}
+  printed = subprocess.run(command, cwd=runs.ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+  rows = [line for line in printed.splitlines() if line.startswith("|")]
+  page = (runs.ROOT / "docs" / "scaling.md").read_text().splitlines()
+  assert len(rows) > 30 and not {*rows} - {*page}
