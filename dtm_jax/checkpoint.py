@@ -1,17 +1,28 @@
-"""Saving and restoring the train state with orbax: asynchronous, atomic, and checked against the model."""
+"""Saving and restoring the train state with orbax: asynchronous, atomic, and checked against what was saved."""
 
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from absl import logging
 
+from dtm_jax import distributed
 from dtm_jax.errors import InputError
 from dtm_jax.train_state import TrainState
 
 FOLDER = "checkpoints"
 BEST_FOLDER = "best"  # with the highest score so far
+DAMAGED_FOLDER = "damaged"  # checkpoints that could not be read
+
+_CHECKSUM = "checksum"  # entry of a checkpoint's metadata
+_MOVE_AWAY = "; if it is damaged, move it away to go on from the one before"
+
+
+class DamagedError(InputError):
+  """A checkpoint cannot be read, or not as what was saved."""
 
 
 def saved_steps(workdir: pathlib.Path, folder: str = FOLDER) -> list[int]:
@@ -59,7 +70,8 @@ class CheckpointStore:
     step = int(state.step)
     if step == self.latest_step():
       return
-    self._checked(lambda: self._manager.save(step, args=ocp.args.StandardSave(state)))
+    metadata = {_CHECKSUM: int(_checksum(state))}
+    self._checked(lambda: self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=metadata))
 
   def check(self) -> None:
     """Raises InputError where a save in the background has failed."""
@@ -82,23 +94,49 @@ class CheckpointStore:
       like: arrays or `jax.ShapeDtypeStruct`s with the shapes, dtypes and shardings to restore to.
 
     Raises:
-      InputError: the checkpoint is of another model, or cannot be read.
+      InputError: the checkpoint is of another model; DamagedError where it cannot be read.
     """
+    state = self._read(step, like)
+    if not self._is_as_saved(step, state):
+      raise self._damage(step, "not what was saved")
+    return state
+
+  def restore_newest(self, like: TrainState) -> TrainState:
+    """Reads the newest checkpoint that can be read, on all processes, and moves those aside that cannot.
+
+    Raises:
+      InputError: see `restore`; there is one, and none can be read.
+    """
+    problems = {}
+    for step in distributed.from_first(lambda: sorted(self._manager.all_steps(), reverse=True)):
+      state, problem = self._attempt(step, like)
+      if problem is None:
+        self._move_aside(problems, step)
+        return state
+      problems[step] = problem
+    raise distributed.SharedInputError(next(iter(problems.values())))
+
+  def _attempt(self, step: int, like: TrainState) -> tuple[TrainState | None, str | None]:
+    """The state, or what is wrong with its checkpoint; the same on all processes."""
+    state, problem = None, None
+    try:
+      state = self._read(step, like)
+    except DamagedError as error:
+      problem = str(error)
+    problem = next(filter(None, distributed.gather(problem)), None)
+    if problem is None and not self._is_as_saved(step, state):
+      problem = str(self._damage(step, "not what was saved"))
+    return state, problem
+
+  def _read(self, step: int, like: TrainState) -> TrainState:
     self._check_shapes(step, like)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    return self._read(step, lambda: self._manager.restore(step, args=ocp.args.StandardRestore(abstract)))
-
-  def _read(self, step: int, action: Callable[[], Any]) -> Any:
-    try:
-      return action()
-    except (OSError, ValueError) as error:
-      raise InputError(
-        f"checkpoint {self._folder / str(step)} cannot be read ({_brief(error)});"
-        " if it is damaged, move it away to go on from the one before"
-      ) from error
+    # The manager's way ends where the processes wait for each other, also for one that could not read.
+    handler, item = ocp.StandardCheckpointHandler(), self._folder / str(step) / "default"
+    return self._readable(step, lambda: handler.restore(item, args=ocp.args.StandardRestore(abstract)))
 
   def _check_shapes(self, step: int, like: TrainState) -> None:
-    saved = _shapes(self._read(step, lambda: self._manager.item_metadata(step)))
+    saved = _shapes(self._readable(step, lambda: self._metadata(step).item_metadata))
     wanted = _shapes(like)
     names = {name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name)}
     if names:
@@ -107,6 +145,48 @@ class CheckpointStore:
         f"checkpoint {self._folder / str(step)} is of another model: {name} is {saved.get(name, 'missing')} there and"
         f" {wanted.get(name, 'missing')} in this config ({len(names)} such); use its config or another --workdir"
       )
+
+  def _is_as_saved(self, step: int, state: TrainState) -> bool:
+    """Compression tells of some damage only. Checkpoints that are older than the checksum have none."""
+    saved = self._metadata(step).custom_metadata.get(_CHECKSUM)
+    return saved is None or saved == int(_checksum(state))
+
+  def _metadata(self, step: int) -> Any:
+    found = self._manager.metadata(step)
+    if found.item_metadata is None:
+      raise ValueError("its metadata are missing")
+    return found
+
+  def _readable(self, step: int, action: Callable[[], Any]) -> Any:
+    try:
+      return action()
+    except (RuntimeError, MemoryError):  # of devices
+      raise
+    # Orbax raises what it finds in damaged metadata, and a plain Exception from tensorstore's error.
+    except Exception as error:
+      raise self._damage(step, _brief(error.__cause__ or error)) from error
+
+  def _damage(self, step: int, what: str) -> DamagedError:
+    return DamagedError(f"checkpoint {self._folder / str(step)} cannot be read ({what}){_MOVE_AWAY}")
+
+  def _move_aside(self, problems: dict[int, str], good: int) -> None:
+    for step, problem in problems.items():
+      place = distributed.from_first(lambda step=step: str(self._moved_aside(step)))
+      what = problem.removesuffix(_MOVE_AWAY)
+      logging.warning("%s; it is moved to %s, and training goes on from %s", what, place, self._folder / str(good))
+    if problems:
+      self._manager.reload()
+
+  def _moved_aside(self, step: int) -> pathlib.Path:
+    """Where it is now. Nothing is deleted: who knows what it is still good for."""
+    folder = self._folder.parent / DAMAGED_FOLDER
+    names = (f"{self._folder.name}_{step}{end}" for end in ("", *map(".{}".format, range(2, 1000))))
+    place = next(folder / name for name in names if not (folder / name).exists())
+    try:
+      folder.mkdir(exist_ok=True)
+      return (self._folder / str(step)).rename(place)
+    except OSError as error:
+      raise InputError(f"cannot move the damaged checkpoint to {place} ({error.strerror}); move it away") from error
 
   def _checked(self, action: Callable[[], Any]) -> None:
     try:
@@ -134,3 +214,30 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def _key_name(key: Any) -> str:
   return str(next(getattr(key, field) for field in ("key", "name", "idx") if hasattr(key, field)))
+
+
+@jax.jit
+def _checksum(tree: Any) -> jax.Array:
+  """uint32 []: the sum of all words, each times an odd number of its place, so that no change of one is lost.
+
+  Whole numbers add up to the same in any order, and so whatever the sharding.
+  """
+  total = jnp.uint32(0)
+  for number, leaf in enumerate(jax.tree.leaves(tree)):
+    total += (2 * number + 1) * (_words(leaf) * (2 * _places(leaf.shape) + 1)).sum(dtype=jnp.uint32)
+  return total
+
+
+def _words(leaf: jax.Array) -> jax.Array:
+  """uint32, one for each element."""
+  is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+  bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}") if is_float else leaf
+  return bits.astype(jnp.uint32)
+
+
+def _places(shape: tuple[int, ...]) -> jax.Array:
+  """uint32 [*shape]: 0, 1, ... in row-major order; unlike a reshaped range it needs nothing of other devices."""
+  places = jnp.zeros(shape, jnp.uint32)
+  for axis, size in enumerate(shape):
+    places = places * size + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+  return places

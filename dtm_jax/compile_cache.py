@@ -11,7 +11,10 @@ from typing import Any
 
 import jax
 from absl import logging
-from jax.experimental.compilation_cache import compilation_cache
+
+# The public module has only a part of it.
+from jax._src import compilation_cache
+from jax._src.lru_cache import LRUCache
 
 _HIT = "/jax/compilation_cache/cache_hits"
 
@@ -22,6 +25,7 @@ def enable() -> None:
   JAX_COMPILATION_CACHE_DIR names another folder, or with an empty value none. A folder that cannot be written is
   a warning: the run compiles as it would without.
   """
+  compilation_cache.LRUCache = _Cache
   if jax.config.jax_compilation_cache_dir is not None:
     return
   folder = default_folder()
@@ -33,6 +37,28 @@ def enable() -> None:
     logging.warning("compiled programs are not kept in %s (%s); JAX_COMPILATION_CACHE_DIR names another", folder, error)
     return
   jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+class _Cache(LRUCache):
+  """jax's cache, which removes what a kill or a full disk has left half written.
+
+  jax would warn of such an entry in every run and compile, but never replace it.
+  """
+
+  def get(self, key: str) -> bytes | None:
+    content = super().get(key)
+    if content is None or _is_whole(content):
+      return content
+    (self.path / f"{key}-cache").unlink(missing_ok=True)
+    return None
+
+
+def _is_whole(entry: bytes) -> bool:
+  try:
+    compilation_cache.decompress_executable(entry)
+  except Exception:  # zlib's or that of one of two zstd packages
+    return False
+  return True
 
 
 def default_folder() -> pathlib.Path:

@@ -114,13 +114,13 @@ class RunConfig:
   log_every_steps: int = 50
   checkpoint_every_steps: int = 1000
   keep_checkpoints: int = 2
-  on_nonfinite: str = "stop"
+  on_nonfinite: str = "stop"  # "rollback" goes back to the last checkpoint and on without the batch
 
   def __post_init__(self):
     _require(self.steps is not None or self.epochs is not None, "give config.run.steps or config.run.epochs")
     _require_positive("run", self, "steps", "epochs", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints")
     _require(0 <= self.seed < 2**31, f"config.run.seed={self.seed} must be in 0..2^31-1")
-    _require_choice("run.on_nonfinite", self.on_nonfinite, ("stop",))
+    _require_choice("run.on_nonfinite", self.on_nonfinite, ("stop", "rollback"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from absl import logging
 
 from dtm_jax.errors import InputError
 
-EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_SIGNAL = 1, 2, 130, 143
 _PACKAGE = str(pathlib.Path(__file__).parent)
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -95,6 +95,7 @@ def fail(error: Exception | str, code: int) -> int:
 
 def report_unraisable(problem) -> None:
   """For `sys.unraisablehook`."""
-  # After a save has failed, tensorstore's other writes report to orbax's loop that is gone; the failure itself is told.
-  if str(problem.exc_value) != "Event loop is closed":
+  # After a save or a read has failed, orbax's other tasks end with no one to tell, or tell once more; it is told.
+  text = str(problem.exc_value)
+  if text != "Event loop is closed" and not text.startswith("Encountered error while reading array"):
     sys.__unraisablehook__(problem)

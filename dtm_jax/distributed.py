@@ -46,6 +46,8 @@ _REMEDY = f"set {', '.join(_VARIABLES)} for every process, or none of them"
 # In the message of a collective operation or a meeting that another process has not come to.
 _SIGNS_OF_LOSS = ("Gloo", "NCCL", "CoordinationService", "coordination_service")
 
+_PREEMPTION_NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # jax's name for it in the key-value store
+
 _meetings = itertools.count()
 T = TypeVar("T")
 
@@ -303,6 +305,13 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     yield _Stop()
   finally:
     signal.signal(signal.SIGINT, previous)
+
+
+def is_preempted() -> bool:
+  """Whether any of several processes got SIGTERM, as jax tells all of them; may be asked by any thread."""
+  with contextlib.suppress(RuntimeError):  # it is not there, or there is nobody to ask any more
+    return bool(global_state.client.key_value_try_get_bytes(_PREEMPTION_NOTICE))
+  return False
 
 
 @contextlib.contextmanager

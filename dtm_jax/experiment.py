@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -33,6 +33,8 @@ from dtm_jax.workdir import CONFIG_FILE, SUMMARY_FILE, read_json, write_json
 StopRequested = Callable[[], bool]
 
 _INIT_SHA256 = "init_sha256"  # entry of the record
+_SKIPPED = "skipped_batch"  # entry of a row, at the step that was not finite with it
+_MAX_SKIPPED = 10  # batches of a run; more are no accident
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,17 +252,58 @@ class _Session:
   stop_requested: StopRequested
 
   def restore(self, record: dict[str, Any] | None) -> tuple[TrainState, str]:
-    """The newest state, and the SHA-256 of the weights that the run began with."""
+    """The newest state that can be read, and the SHA-256 of the weights that the run began with."""
     parts, step = self.parts, distributed.from_first(self.store.latest_step)
     if step > parts.total_steps:
       raise InputError(
         f"the checkpoint is at step {step}, beyond the run's end at {parts.total_steps}; raise config.run.steps"
       )
-    logging.info("resuming at step %d of %d", step, parts.total_steps)
-    return self.store.restore(step, parts.abstract_state()), _init_sha256(record)
+    state = self.store.restore_newest(parts.abstract_state())
+    logging.info("resuming at step %d of %d", state.step, parts.total_steps)
+    return state, _init_sha256(record)
 
   def train(self, state: TrainState) -> TrainState:
-    """Trains to the end, or until asked to stop; returns when all is saved."""
+    """Trains to the end, or until asked to stop; returns when all is saved.
+
+    Raises:
+      loop.NonFiniteError: the loss was not finite, and that is no reason to go back, or it has not helped.
+    """
+    train_step = compile_cache.told(self.parts.train_step)
+    while True:
+      try:
+        return self._train(state, train_step)
+      except loop.NonFiniteError as error:
+        self._check_can_go_back(error)
+        bad_step = error.step
+      # Both here and, now that the error is gone, in the loop: there may be no memory for two.
+      state = None
+      state = self._go_back(bad_step)
+
+  def _check_can_go_back(self, error: loop.NonFiniteError) -> None:
+    """Raises the error where the run is to stop, or going back has not helped."""
+    if self.parts.config.run.on_nonfinite == "stop" or error.step < 0:
+      raise error
+    if self.writer.find(error.step, _SKIPPED) is not None:
+      raise loop.NonFiniteError(f"{error}, and skipping a batch there has not helped", error.step)
+    if len(self._skipped_batches) == _MAX_SKIPPED:
+      raise loop.NonFiniteError(f"{error}, and {_MAX_SKIPPED} batches of the run are skipped already", error.step)
+    logging.warning("%s", error)
+
+  def _go_back(self, bad_step: int) -> TrainState:
+    """The last good state; from there the run goes on without the batch of a step."""
+    self.store.wait()
+    like, is_saved = self.parts.abstract_state(), distributed.from_first(self.store.latest_step) is not None
+    state = self.store.restore_newest(like) if is_saved else distributed.together(self.parts.begin)[0]
+    number, step = _batch_number(bad_step, self._skipped_batches), int(state.step)
+    logging.warning("going back to step %d, and on without batch %d of the data", step, number)
+    self.writer.write(bad_step, {_SKIPPED: number, "rolled_back_to": step})
+    return state
+
+  @property
+  def _skipped_batches(self) -> list[int]:
+    return [row[_SKIPPED] for row in self.writer.rows if _SKIPPED in row]
+
+  def _train(self, state: TrainState, train_step: Callable[..., Any]) -> TrainState:
     parts, config = self.parts, self.parts.config
     known = [i for row in self.writer.rows if row["step"] <= int(state.step) for i in row.get("bad_indices", ())]
     monitor = BadImageMonitor(parts.train_source, config.data.max_bad_fraction, known)
@@ -274,13 +317,16 @@ class _Session:
       distributed.together(lambda: monitor.observe(of_all))
 
     def log(step: int, values: dict[str, float]) -> None:
-      self.store.check()
       observe()
       new = monitor.take_new()
       self.writer.write(step, values | {"bad_images": monitor.count} | ({"bad_indices": new} if new else {}))
 
+    def stop_requested() -> bool:
+      self.store.check()
+      return self.stop_requested()
+
     training = loop.Loop(
-      train_step=compile_cache.told(parts.train_step),
+      train_step=train_step,
       place=parts.place,
       num_steps=parts.total_steps,
       batch_size=config.data.batch_size,
@@ -290,15 +336,24 @@ class _Session:
       log=log,
       save=self.store.save,
       evaluate=self.evaluate,
-      stop_requested=self.stop_requested,
+      stop_requested=stop_requested,
     )
-    index, count = sharding.batch_share(parts.mesh)
-    start_step = int(state.step)
-    batches = train_batches(config, parts.train_source, start_step=start_step, process_index=index, process_count=count)
-    with contextlib.closing(batches):
+    with contextlib.closing(self._batches(int(state.step))) as batches:
       state = training.run(state, _watch(batches, met, observe))
     self.store.wait()
     return state
+
+  def _batches(self, start_step: int) -> Generator[Batch]:
+    """Of the steps from `start_step` on; without those of the data that are skipped."""
+    skipped = self._skipped_batches
+    first = _batch_number(start_step, skipped)
+    index, count = sharding.batch_share(self.parts.mesh)
+    source = self.parts.train_source
+    batches = train_batches(self.parts.config, source, start_step=first, process_index=index, process_count=count)
+    with contextlib.closing(batches):
+      for number, batch in enumerate(batches, first):
+        if number not in skipped:
+          yield batch
 
   def evaluate(self, state: TrainState) -> None:
     """Logs what the model is worth, once for each step. Raises StoppedError where it was asked to stop."""
@@ -336,6 +391,14 @@ class _Session:
       "params_sha256": sha256,
       **self.parts.results(writer),
     }
+
+
+def _batch_number(step: int, skipped: Collection[int]) -> int:
+  """Which batch of the data a step takes: the `step`-th of those that are not skipped."""
+  number = step
+  for other in sorted(skipped):
+    number += other <= number
+  return number
 
 
 def _watch(batches: Iterator[Batch], met: list[int], observe: Callable[[], None]) -> Iterator[Batch]:

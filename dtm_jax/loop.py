@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from dtm_jax import console, distributed
+from dtm_jax import console, distributed, stopping
 from dtm_jax.errors import StoppedError
 from dtm_jax.train_state import NEVER, TrainState
 
@@ -21,7 +21,15 @@ HostBatch = dict[str, np.ndarray]
 
 
 class NonFiniteError(Exception):
-  """The loss, a gradient or a parameter was not finite; the last good checkpoint is kept."""
+  """The loss, a gradient or a parameter was not finite; the last good checkpoint is kept.
+
+  Attributes:
+    step: whose batch led to it; -1 where training began so.
+  """
+
+  def __init__(self, message: str, step: int):
+    super().__init__(message)
+    self.step = step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +81,7 @@ class Loop:
           batch = next(batches)
         unchecked.append((step, batch["index"]))
         previous, (state, metrics) = metrics, self.train_step(state, self.place(batch))
+        stopping.note_progress()
         # One step ahead of the device and no more: enough to keep it busy.
         jax.block_until_ready(previous)
         bar.update()
@@ -84,8 +93,10 @@ class Loop:
           self._show(bar, done, values)
           self.log(done, values)
         if done % self.save_every == 0:
-          self._save(state, unchecked)
-    self._save(state, unchecked)
+          _check_finite(state, unchecked)
+          self.save(state)
+    _check_finite(state, unchecked)
+    self.save(state)
     return state
 
   def _evaluated(self, state: TrainState, timer: "_Timer", unchecked: collections.deque) -> bool:
@@ -97,13 +108,6 @@ class Loop:
     except StoppedError:
       return False
     return True
-
-  def _save(self, state: TrainState, unchecked: collections.deque) -> None:
-    _check_finite(state, unchecked)
-    # A finite loss may have made parameters that are not, which the next step would tell too late.
-    if not _all_finite(state.params):
-      raise NonFiniteError(f"parameters not finite after step {int(state.step) - 1}; lower the learning rate")
-    self.save(state)
 
   def _show(self, bar: tqdm.tqdm, step: int, values: dict[str, float]) -> None:
     """On the bar, or where the output is no terminal, as a line."""
@@ -127,10 +131,16 @@ def _all_finite(tree: Any) -> jax.Array:
 
 
 def _check_finite(state: TrainState, unchecked: collections.deque) -> None:
+  # A finite loss may have made parameters that are not, which the next step would tell too late. From a bad step on
+  # the state stays what it was, so that they are of the step before it.
+  if not _all_finite(state.params):
+    made_by = int(state.step) - 1
+    told = f"after step {made_by}; lower the learning rate" if made_by >= 0 else "before the first step"
+    raise NonFiniteError(f"parameters not finite {told}", made_by)
   bad = int(state.nonfinite_step)
   if bad != NEVER:
     indices = [i for share in distributed.gather(dict(unchecked)[bad].tolist()) for i in share]
-    raise NonFiniteError(f"loss or gradient not finite at step {bad}; its batch is of source indices {indices}")
+    raise NonFiniteError(f"loss or gradient not finite at step {bad}; its batch is of source indices {indices}", bad)
 
 
 def _progress(values: dict[str, float]) -> str:

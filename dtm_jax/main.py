@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from dtm_jax import command_line, console
 from dtm_jax.errors import InputError
 
-EXIT_INPUT, EXIT_NONFINITE, EXIT_SIGNAL = console.EXIT_INPUT, 3, 143
+EXIT_INPUT, EXIT_NONFINITE, EXIT_SIGNAL = console.EXIT_INPUT, 3, console.EXIT_SIGNAL
 
 
 def main(argv: list[str]) -> int:
@@ -67,7 +67,7 @@ def _run(settings: ConfigDict, workdir: pathlib.Path, command: str) -> int:
 
   distributed.initialize()
   compile_cache.enable()
-  with _stop_requests() as stop_requested, distributed.ending_at_once(loop.NonFiniteError):
+  with _stop_requests(workdir) as stop_requested, distributed.ending_at_once(loop.NonFiniteError):
     try:
       # float32 means float32, on TPUs and GPUs too; products of bfloat16 are not concerned.
       with jax.default_matmul_precision("float32"):
@@ -88,16 +88,20 @@ def _circumstances(resolved) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-  """Asked whether a signal wants the run to stop."""
-  from dtm_jax import distributed
+def _stop_requests(workdir: pathlib.Path) -> Iterator[Callable[[], bool]]:
+  """Asked whether a signal wants the run to stop; who does not ask is ended after a while."""
+  from dtm_jax import distributed, stopping
+  from dtm_jax.checkpoint import saved_steps
 
-  if distributed.count() > 1:
-    with distributed.stop_requests() as stop_requested:
-      yield stop_requested
-  else:
-    with noted_signals() as stop:
-      yield stop.is_set
+  def newest_step() -> int:
+    return max(saved_steps(workdir), default=0)
+
+  with contextlib.ExitStack() as stack:
+    if distributed.count() > 1:
+      stop_requested = stack.enter_context(distributed.stop_requests())
+    else:
+      stop_requested = stack.enter_context(noted_signals()).is_set
+    yield stack.enter_context(stopping.in_time(stop_requested, newest_step))
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ RANKS = {
   "config": 0,
   **dict.fromkeys(("data", "distributed"), 1),
   "models": 2,
+  "stopping": 2,
   "convert": 2,
   "augment": 2,
   "morphing": 3,

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import NotRequired, TypedDict
 
 import grain
@@ -263,9 +263,22 @@ def _run(batches: grain.MapDataset, num_workers: int) -> Generator[dict[str, np.
       flags.FLAGS.mark_as_parsed()
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_init_worker)
   with contextlib.closing(iter(dataset)) as iterator:
-    for batch in iterator:
+    with _deaf_offspring():
+      batch = next(iterator, None)
+    while batch is not None:
       # Workers send views of shared memory: scarce, and not to be aliased by a device array.
       yield {name: np.array(value) for name, value in batch.items()}
+      batch = next(iterator, None)
+
+
+@contextlib.contextmanager
+def _deaf_offspring() -> Iterator[None]:
+  """Processes that are started in here hear no signal before they can ignore it; other threads of this one still do."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _init_worker(worker_index: int, worker_count: int) -> None:

@@ -1,0 +1,92 @@
+"""A run that is asked to stop ends in time, also where it cannot listen: in a long compilation or step.
+
+Python looks at signals between its own instructions only, and the compiler is one of them. A thread hears them at once.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+from absl import logging
+
+from dtm_jax import console, distributed
+
+GRACE_SECONDS = 45  # schedulers give a minute
+_NOTHING_LOST_SECONDS = 3  # for files that are being written
+_FIRST_LAST_SECONDS = 5  # of several processes the first ends last: jax ends those that have lost it
+
+_has_progress = threading.Event()
+
+
+def note_progress() -> None:
+  """From now on, ending at once would lose steps."""
+  _has_progress.set()
+
+
+@contextlib.contextmanager
+def in_time(stop_requested: Callable[[], bool], newest_step: Callable[[], int]) -> Iterator[Callable[[], bool]]:
+  """The same question, which after a signal has to be asked in time: else the process ends with exit code 143.
+
+  Args:
+    stop_requested: whether a signal wants the run to stop.
+    newest_step: of the checkpoints, for the message.
+  """
+  _has_progress.clear()
+  is_heard = threading.Event()
+
+  def ask() -> bool:
+    if stop_requested():
+      is_heard.set()
+    return is_heard.is_set()
+
+  def watch() -> None:
+    is_alone = distributed.count() == 1  # else another may have made the first step
+    is_last = distributed.is_first() and not is_alone
+    wait_for_signal()
+    if is_alone and not is_heard.wait(_NOTHING_LOST_SECONDS) and not _has_progress.is_set():
+      _leave("asked to stop before the first step was made; nothing is lost")
+    if not is_heard.wait(GRACE_SECONDS + is_last * _FIRST_LAST_SECONDS):
+      _leave(f"asked to stop, and could not save for {GRACE_SECONDS} s; the newest checkpoint is {newest_step()}")
+
+  with _signals(is_heard) as wait_for_signal:
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+      yield ask
+    finally:
+      is_heard.set()
+
+
+@contextlib.contextmanager
+def _signals(is_over: threading.Event) -> Iterator[Callable[[], None]]:
+  """A function that waits for SIGTERM, of several processes to any of them, or SIGINT."""
+  if distributed.count() > 1:  # jax listens, and not by Python
+    yield lambda: _poll(distributed.is_preempted, is_over)
+    return
+  reader, writer = os.pipe()
+  os.set_blocking(writer, False)  # as `set_wakeup_fd` wants it
+  previous = signal.set_wakeup_fd(writer)
+  try:
+    yield lambda: _read_until_stop(reader)
+  finally:
+    signal.set_wakeup_fd(previous)
+    os.close(writer)
+
+
+def _poll(has_come: Callable[[], bool], is_over: threading.Event) -> None:
+  while not has_come() and not is_over.wait(1):
+    pass
+
+
+def _read_until_stop(reader: int) -> None:
+  """Python writes the number of each signal into the pipe, whatever its main thread does."""
+  with open(reader, "rb", buffering=0) as numbers:
+    while (number := numbers.read(1)) and number[0] not in (signal.SIGTERM, signal.SIGINT):
+      pass
+
+
+def _leave(message: str) -> NoReturn:
+  logging.info("%s", message)
+  distributed.leave(console.EXIT_SIGNAL)

@@ -1,0 +1,172 @@
+"""Checkpoints that are damaged, and disks that are full: what is good stays, and the run goes on from it."""
+
+import contextlib
+import gc
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import runs
+from dtm_jax import checkpoint
+from dtm_jax.checkpoint import CheckpointStore
+from dtm_jax.errors import InputError
+from dtm_jax.train_state import NEVER, TrainState
+
+# Orbax leaves the tasks that read the other arrays to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def new_state(step: int) -> TrainState:
+  return TrainState(jnp.int32(step), {"w": jax.random.normal(jax.random.key(step), (99, 99))}, (), jnp.int32(NEVER))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """A work folder with checkpoints of steps 1 and 2."""
+  workdir = tmp_path_factory.mktemp("saved")
+  with contextlib.closing(CheckpointStore(workdir, keep=3)) as store:
+    for step in (1, 2):
+      store.save(new_state(step))
+  return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+  """A copy of it."""
+  yield shutil.copytree(saved, tmp_path / "run")
+  gc.collect()
+
+
+def restore_newest(workdir: pathlib.Path) -> TrainState:
+  with contextlib.closing(CheckpointStore(workdir, keep=3)) as store:
+    state = store.restore_newest(new_state(0))
+    assert store.latest_step() == int(state.step)
+  expected = new_state(int(state.step))
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
+  return state
+
+
+def largest_file(folder: pathlib.Path) -> pathlib.Path:
+  return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def truncate(folder):
+  path = largest_file(folder)
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def garble_a_byte(folder):
+  """In the middle of some parameters: they are stored as they are where compression gains nothing."""
+  path = largest_file(folder)
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+def empty_all(folder):
+  for path in folder.rglob("*"):
+    if path.is_file():
+      path.write_bytes(b"")
+
+
+def remove_the_state(folder):
+  shutil.rmtree(folder / "default")
+
+
+def garble_metadata(folder):
+  (folder / "default" / "_METADATA").write_text('{"tree_metadata": {"')
+
+
+DAMAGES = [truncate, garble_a_byte, empty_all, remove_the_state, garble_metadata]
+
+
+@pytest.mark.fault("newest checkpoint damaged", "at the start")
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_the_last_good_checkpoint_is_taken(workdir, caplog, damage, outcome):
+  checkpoint, place = workdir / "checkpoints" / "2", workdir / "damaged" / "checkpoints_2"
+  damage(checkpoint)
+  damaged = sorted(path.relative_to(checkpoint) for path in checkpoint.rglob("*"))
+  assert int(restore_newest(workdir).step) == 1
+  [line] = [record.getMessage() for record in caplog.records if "moved to" in record.getMessage()]
+  assert line.startswith(f"checkpoint {checkpoint} cannot be read (")
+  assert line.endswith(f"it is moved to {place}, and training goes on from {workdir}/checkpoints/1")
+  assert sorted(path.relative_to(place) for path in place.rglob("*")) == damaged  # nothing is lost
+  outcome(f"{damage.__name__}: the one before is taken")
+
+
+@pytest.mark.fault("all checkpoints damaged", "at the start")
+def test_without_a_good_checkpoint_nothing_is_moved(workdir, outcome):
+  for step in (1, 2):
+    truncate(workdir / "checkpoints" / str(step))
+  with pytest.raises(InputError, match=f"{workdir}/checkpoints/2 cannot be read .* move it away"):
+    restore_newest(workdir)
+  assert runs.checkpoints(workdir) == [1, 2]
+  assert not (workdir / "damaged").exists()
+  outcome("exit 2, nothing moved")
+
+
+def test_damaged_checkpoints_do_not_replace_each_other(workdir):
+  for _ in range(2):
+    shutil.copytree(workdir / "checkpoints" / "1", workdir / "checkpoints" / "7")
+    truncate(workdir / "checkpoints" / "7")
+    restore_newest(workdir)
+  assert sorted(path.name for path in (workdir / "damaged").iterdir()) == ["checkpoints_7", "checkpoints_7.2"]
+
+
+def test_a_checkpoint_without_checksum_is_read(workdir):
+  """Those of earlier versions have none."""
+  path = workdir / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
+  metadata = json.loads(path.read_text())
+  assert metadata.pop("custom_metadata")["checksum"] > 0
+  path.write_text(json.dumps(metadata))
+  assert int(restore_newest(workdir).step) == 2
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_checksum_is_the_same_whatever_the_sharding(devices):
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("x",))
+  values = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
+  sharded = jax.device_put(values, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x")))
+  words = values.view(np.uint32).ravel() * (2 * np.arange(48, dtype=np.uint32) + 1)
+  assert int(checkpoint._checksum({"a": sharded})) == int(words.sum(dtype=np.uint32))
+
+
+@pytest.mark.slow
+@pytest.mark.fault("newest checkpoint damaged", "the whole run")
+def test_a_run_with_a_damaged_checkpoint_ends_as_without(tmp_path, compile_cache, outcome):
+  settings = {"run__steps": 3, "run__checkpoint_every_steps": 1, "run__keep_checkpoints": 3}
+
+  def run() -> str:
+    code, stderr = runs.finish(runs.start(runs.options(tmp_path, **settings), compile_cache))
+    assert code == 0, stderr
+    return stderr
+
+  run()
+  rows, summary = runs.rows(tmp_path), runs.summary(tmp_path)
+  (tmp_path / "summary.json").unlink()
+  garble_a_byte(tmp_path / "checkpoints" / "3")
+  truncate(tmp_path / "checkpoints" / "2")
+  assert "resuming at step 1 of 3" in run()
+  assert runs.checkpoints(tmp_path) == [1, 2, 3]  # two of them made anew
+  assert runs.rows(tmp_path) == rows
+  assert runs.summary(tmp_path)["params_sha256"] == summary["params_sha256"]
+  outcome("same params_sha256")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("disk full in a save in the background", "long before the next log")
+def test_a_failed_save_ends_the_run_at_once(tmp_path, compile_cache, outcome):
+  """A limit on the size of files stands for the full disk: the same calls fail, and no mount is needed."""
+  limited = ("bash", "-c", 'ulimit -f 100; exec "$@"', "-")  # KiB; the largest parameters take more, the rest less
+  # The second save would tell of the first, too, but not before the log.
+  settings = {"run__steps": 300, "run__log_every_steps": 300, "run__checkpoint_every_steps": 150}
+  code, stderr = runs.finish(runs.start(runs.options(tmp_path, **settings), compile_cache, prefix=limited))
+  assert code == 2, stderr
+  assert f"saving to {tmp_path}/checkpoints failed" in stderr
+  assert not (tmp_path / "metrics.jsonl").exists()
+  outcome("exit 2")

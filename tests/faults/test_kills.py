@@ -1,0 +1,102 @@
+"""kill -9 at random moments, of a run and of one of two processes: what goes on ends as what was never killed."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import runs
+
+# `DTM_JAX_KILLS=20 python -m pytest tests/faults/test_kills.py -m slow` for more.
+NUM_KILLS = int(os.environ.get("DTM_JAX_KILLS", "4"))
+SETTINGS = {"run__steps": 60, "run__log_every_steps": 1, "run__checkpoint_every_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, compile_cache):
+  """An uninterrupted run, and how many seconds it takes."""
+  workdir, start = tmp_path_factory.mktemp("reference"), time.monotonic()
+  code, stderr = runs.finish(runs.start(runs.options(workdir, **SETTINGS), compile_cache))
+  assert code == 0, stderr
+  return workdir, time.monotonic() - start
+
+
+@pytest.mark.slow
+@pytest.mark.fault("kill -9", f"{NUM_KILLS} random moments")
+def test_kills_at_random_moments(tmp_path, compile_cache, reference, outcome):
+  """From the start of Python to the end of the run, each resumed until the next kill."""
+  expected, span = reference
+  moments, killed, number = random.Random(0), 0, 0
+  while killed < NUM_KILLS:
+    workdir, number = tmp_path / str(number), number + 1
+    while (code := run_for(moments.uniform(0, span), workdir, compile_cache)) != 0 and killed < NUM_KILLS:
+      assert code == -signal.SIGKILL
+      killed += 1
+    code, stderr = runs.finish(runs.start(runs.options(workdir, **SETTINGS), compile_cache))
+    assert code == 0, stderr
+    assert runs.rows(workdir) == runs.rows(expected)
+    assert runs.summary(workdir)["params_sha256"] == runs.summary(expected)["params_sha256"]
+    assert not [*(workdir / "checkpoints").glob("*.orbax-checkpoint-tmp")]
+  outcome(f"same params_sha256 of {number} runs, killed {killed} times")
+
+
+def run_for(seconds: float, workdir, compile_cache) -> int:
+  """Exit code of a run that is killed after so many seconds, unless it is done before."""
+  process = runs.start(runs.options(workdir, **SETTINGS), compile_cache)
+  try:
+    process.communicate(timeout=seconds)
+  except subprocess.TimeoutExpired:
+    process.kill()
+    process.communicate()
+  return process.returncode
+
+
+# ------------------------------------------------------------ several processes
+
+
+def start_pair(workdir, compile_cache) -> list[subprocess.Popen]:
+  """Two processes of one run, a device each."""
+  program = "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])"
+  port = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+  return [
+    runs.start(
+      runs.options(workdir, **SETTINGS),
+      compile_cache,
+      prefix=("env", f"JAX_COORDINATOR_ADDRESS=127.0.0.1:{port}", "JAX_NUM_PROCESSES=2", f"JAX_PROCESS_ID={i}"),
+    )
+    for i in range(2)
+  ]
+
+
+@pytest.mark.slow
+@pytest.mark.fault("kill -9 of one of two processes", "in a step; then a damaged checkpoint")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_other_process_ends_and_the_pair_goes_on(tmp_path, compile_cache, victim, outcome):
+  workdir = tmp_path / "run"
+  pair = start_pair(workdir, compile_cache)
+  runs.wait_until(lambda: len(saved(workdir)) == 2, pair[victim])
+  start = time.monotonic()
+  pair[victim].kill()
+  code, stderr = runs.finish(pair[1 - victim])
+  seconds = time.monotonic() - start
+  runs.finish(pair[victim])
+  assert code not in (0, 143), stderr
+  what = f"the other ends with {code}; the pair goes on"
+  assert "another process has ended or cannot be reached" in stderr or victim == 0  # whom jax asks for the others
+  newest = workdir / "checkpoints" / str(saved(workdir)[-1])
+  shutil.rmtree(newest / "default")
+  (code, stderr), (other, _) = (runs.finish(process) for process in start_pair(workdir, compile_cache))
+  assert (code, other) == (0, 0), stderr
+  assert f"checkpoint {newest} cannot be read" in stderr
+  assert runs.summary(workdir)["steps"] == SETTINGS["run__steps"]
+  assert [row["step"] for row in runs.rows(workdir)] == [*range(1, SETTINGS["run__steps"] + 1)]
+  outcome(what, seconds)
+
+
+def saved(workdir) -> list[int]:
+  return runs.checkpoints(workdir) if (workdir / "checkpoints").exists() else []

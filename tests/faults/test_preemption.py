@@ -1,0 +1,129 @@
+"""SIGTERM and SIGINT at any time: the run ends with 143, has lost nothing, and goes on."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import runs
+
+LONG = {"run__steps": 40, "run__log_every_steps": 1, "run__checkpoint_every_steps": 1000}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, compile_cache):
+  """An uninterrupted run."""
+  workdir = tmp_path_factory.mktemp("reference")
+  code, stderr = runs.finish(runs.start(runs.options(workdir, **LONG), compile_cache))
+  assert code == 0, stderr
+  return workdir
+
+
+def stop_when(condition, process, number: int = signal.SIGTERM) -> tuple[float, str]:
+  """Seconds from the signal to the end, and standard error of a process that ends as it should."""
+  runs.wait_until(condition, process)
+  start = time.monotonic()
+  process.send_signal(number)
+  code, stderr = runs.finish(process)
+  assert code == 143, stderr
+  assert "Traceback" not in stderr
+  return time.monotonic() - start, stderr
+
+
+def num_rows(workdir: pathlib.Path) -> int:
+  path = workdir / "metrics.jsonl"
+  return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+DEAF = """
+import signal, time
+from dtm_jax import console, stopping
+from dtm_jax.main import noted_signals
+
+console.log_plainly()
+stopping.GRACE_SECONDS, stopping._NOTHING_LOST_SECONDS = 3, 1
+with noted_signals() as stop, stopping.in_time(stop.is_set, lambda: 17) as stop_requested:
+  {before}
+  signal.raise_signal(signal.{number})
+  {after}
+  time.sleep(1000)
+"""
+
+
+@pytest.mark.fault("SIGTERM, SIGINT", "where the run cannot listen")
+@pytest.mark.parametrize(
+  ("number", "before", "after", "message"),
+  [
+    ("SIGINT", "", "", "before the first step was made; nothing is lost"),
+    ("SIGTERM", "stopping.note_progress()", "", "could not save for 3 s; the newest checkpoint is 17"),
+    # One that listens has all the time it needs.
+    ("SIGTERM", "stopping.note_progress()", "assert stop_requested(); time.sleep(4); raise SystemExit(7)", None),
+  ],
+)
+def test_who_does_not_listen_is_ended(number, before, after, message, outcome):
+  program = DEAF.format(number=number, before=before, after=after)
+  ended = subprocess.run([sys.executable, "-c", program], cwd=runs.ROOT, capture_output=True, text=True)
+  assert ended.returncode == (143 if message else 7), ended.stderr
+  assert message is None or message in ended.stderr
+  outcome(f"143, {message}" if message else "left alone")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("SIGTERM", "in the first compile")
+def test_in_the_first_compile_it_ends_at_once(tmp_path, outcome):
+  """The compiler would be busy for minutes. Nothing is lost, and so nothing need be saved."""
+  workdir = tmp_path / "run"
+  large = {"model__variant": "large", "model__scan_layers": False, "data__num_workers": 1}
+  environment = ("env", f"JAX_DUMP_IR_TO={tmp_path}/programs", "JAX_DUMP_IR_MODES=stablehlo")
+  process = runs.start(runs.options(workdir, **large), tmp_path / "cache", prefix=environment)
+  compiling = lambda: any("train_step" in path.name for path in (tmp_path / "programs").glob("*"))  # noqa: E731
+  seconds, stderr = stop_when(compiling, process)
+  assert "before the first step was made; nothing is lost" in stderr
+  assert seconds < 30  # of its own accord after three; the compilation takes longer
+  outcome("143, nothing to save", seconds)
+
+
+@pytest.mark.slow
+@pytest.mark.fault("SIGTERM, SIGINT", "in a step, while data workers start, in an evaluation, in a save")
+def test_at_many_moments_a_run_loses_nothing(tmp_path, compile_cache, reference, outcome):
+  """One run that is stopped again and again."""
+  workdir, seconds = tmp_path / "run", []
+
+  def stop(condition, number, **settings):
+    process = runs.start(runs.options(workdir, **LONG | settings), compile_cache)
+    seconds.append(stop_when(lambda: condition(process), process, number)[0])
+
+  unfinished = lambda _: [*(workdir / "checkpoints").glob("*.orbax-checkpoint-tmp")]  # noqa: E731
+  stop(lambda _: num_rows(workdir) >= 3, signal.SIGTERM)
+  stop(lambda _: num_rows(workdir) >= 8, signal.SIGINT)
+  stop(lambda process: [*children(process.pid)], signal.SIGTERM, data__num_workers=1)
+  stop(lambda _: num_rows(workdir) >= 12 and unfinished(None), signal.SIGTERM, run__checkpoint_every_steps=2)
+  code, stderr = runs.finish(runs.start(runs.options(workdir, **LONG), compile_cache))
+  assert code == 0, stderr
+  assert runs.rows(workdir) == runs.rows(reference)
+  assert runs.summary(workdir)["params_sha256"] == runs.summary(reference)["params_sha256"]
+  outcome("143, saved, same params_sha256", max(seconds))
+
+
+def children(pid: int):
+  """Processes that a process has started."""
+  for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
+    yield from map(int, path.read_text().split())
+
+
+@pytest.mark.slow
+@pytest.mark.fault("SIGTERM to the group", "while data workers start")
+def test_workers_that_are_still_starting_do_not_end_the_run(tmp_path, compile_cache, outcome):
+  """As a terminal and schedulers send it: to all processes of the group at once."""
+  arguments = runs.options(tmp_path / "run", **LONG, data__num_workers=2)
+  process = runs.start(arguments, compile_cache, prefix=("setsid",))
+  runs.wait_until(lambda: len([*children(process.pid)]) >= 2, process)  # the first is of multiprocessing itself
+  os.killpg(process.pid, signal.SIGTERM)
+  code, stderr = runs.finish(process)
+  assert code == 143, stderr
+  assert "Traceback" not in stderr
+  outcome("143")
