@@ -1,6 +1,8 @@
 """The README's commands run, and what it says of the code is there."""
 
 import gzip
+import itertools
+import os
 import pathlib
 import re
 import shlex
@@ -20,6 +22,7 @@ BLOCKS = re.findall(r"(<!-- ci: \w+ -->\n)?```(\w*)\n(.*?)```", README, flags=re
 SHELL_LINES = [
   line for marker, language, text in BLOCKS if language == "sh" and not marker for line in text.splitlines() if line
 ]
+PROGRAMS = {"python": sys.executable, "launch/local.sh": "launch/local.sh"}
 PYTHON = [text for _, language, text in BLOCKS if language == "python"]
 
 
@@ -85,7 +88,10 @@ def test_shell_lines_run(stand_ins, tmp_path):
   lines = [line for line in SHELL_LINES if not line.startswith("tfds ")]  # it needs TensorFlow and ImageNet
   assert len(lines) >= 8
   for i, line in enumerate(lines):
-    python, *arguments = shlex.split(line, comments=True)
-    assert python == "python"
-    command = [sys.executable, *in_small(arguments, stand_ins, tmp_path / str(i))]
-    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0, line
+    words = shlex.split(line, comments=True)
+    variables = dict(word.split("=") for word in itertools.takewhile(lambda word: "=" in word, words))
+    program, *arguments = words[len(variables) :]
+    assert program in PROGRAMS, line
+    command = [PROGRAMS[program], *in_small(arguments, stand_ins, tmp_path / str(i))]
+    environment = os.environ | {"PYTHON": sys.executable, "XLA_FLAGS": ""} | variables
+    assert subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0, line
