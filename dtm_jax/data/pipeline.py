@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
+from multiprocessing import resource_tracker
 from typing import NotRequired, TypedDict
 
 import grain
@@ -259,16 +260,20 @@ def _run(batches: grain.MapDataset, num_workers: int) -> Generator[dict[str, np.
   threads = 1 if num_workers else _READ_THREADS
   dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
   if num_workers:
+    resource_tracker.ensure_running()  # it would unblock the signals that `_deaf_offspring` blocks
     if not flags.FLAGS.is_parsed():  # Grain reads absl flags, also where no absl app runs
       flags.FLAGS.mark_as_parsed()
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_init_worker)
-  with contextlib.closing(iter(dataset)) as iterator:
-    with _deaf_offspring():
-      batch = next(iterator, None)
-    while batch is not None:
+  with _deaf_offspring():
+    iterator = iter(dataset)
+  with contextlib.closing(iterator):
+    while True:
+      with _deaf_offspring():  # each worker is started when its first batch is asked for
+        batch = next(iterator, None)
+      if batch is None:
+        return
       # Workers send views of shared memory: scarce, and not to be aliased by a device array.
       yield {name: np.array(value) for name, value in batch.items()}
-      batch = next(iterator, None)
 
 
 @contextlib.contextmanager
