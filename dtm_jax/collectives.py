@@ -71,7 +71,9 @@ def find(hlo: str, num_devices: int) -> list[Collective]:
 def _read(match: re.Match, computation: str, num_devices: int, count: int | None) -> Collective:
   operation, rest = match["operation"], match["rest"]
   sizes = _sizes(match["shape"])
-  if match["start"] and operation != "all-reduce":  # (operands, results, ...): the larger half is the whole array
+  if match["start"] and operation == "all-gather":  # (operands, results): several arrays may be gathered at once
+    sizes = sizes[len(sizes) // 2 :]
+  elif match["start"] and operation != "all-reduce":  # (operand, result, ...): the larger one is the whole array
     sizes = [max(sizes)]
   group = _group_size(rest, num_devices)
   size = sum(sizes) * (group if operation == "reduce-scatter" and not match["start"] else 1)

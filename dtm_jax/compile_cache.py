@@ -28,13 +28,13 @@ def enable() -> None:
   compilation_cache.LRUCache = _Cache
   if jax.config.jax_compilation_cache_dir is not None:
     return
-  folder = default_folder()
   try:
+    folder = default_folder()
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
-      raise PermissionError("no permission to write to it")
+      raise PermissionError(f"no permission to write to {folder}")
   except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
-    logging.warning("compiled programs are not kept in %s (%s); JAX_COMPILATION_CACHE_DIR names another", folder, error)
+    logging.warning("compiled programs are not kept (%s); JAX_COMPILATION_CACHE_DIR names another folder", error)
     return
   jax.config.update("jax_compilation_cache_dir", str(folder))
 

@@ -109,6 +109,8 @@ def _count_detected() -> int:
   if "JOB_COMPLETION_INDEX" not in os.environ:
     known = (env for env in known if env is not K8sCluster)  # a pod that is no part of an indexed job is alone
   env = next((env for env in known if env.is_env_present()), None)
+  if env is None and {"JOB_COMPLETION_INDEX", "KUBERNETES_SERVICE_HOST"} <= os.environ.keys():
+    raise InputError(f"jax does not see this indexed Kubernetes job; pip install 'jax[k8s]', or {_REMEDY}")
   return 1 if env is None else env.get_process_count()
 
 
@@ -357,7 +359,7 @@ def leave(code: int) -> NoReturn:
 @contextlib.contextmanager
 def _within(seconds: float, problem: str) -> Iterator[None]:
   """Ends the process where something that cannot be interrupted takes longer."""
-  timer = threading.Timer(seconds, lambda: os._exit(console.fail(problem, console.EXIT_INPUT)))
+  timer = threading.Timer(seconds, lambda: os._exit(console.fail(problem, console.EXIT_FAILED)))
   timer.daemon = True
   timer.start()
   try:

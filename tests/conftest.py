@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# A busy machine may keep one of eight devices on two cores waiting for longer than XLA's 40 seconds.
+os.environ["XLA_FLAGS"] = (
+  "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 # Most of the time goes into compiling, often the same again; processes that tests start share the folder, too. It is
 # not kept: a test that kills a process may leave half a program behind.
 COMPILED = tempfile.TemporaryDirectory(prefix="dtm_jax_compiled_")

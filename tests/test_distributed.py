@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+from absl import logging
 from PIL import Image
 
 import runs
@@ -76,7 +77,7 @@ def test_a_process_that_nobody_joins_gives_up():
   program = "from dtm_jax import distributed; distributed.START_SECONDS = 1; distributed.initialize()"
   nobody = TOGETHER | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}
   ended = subprocess.run([sys.executable, "-c", program], env=environment(**nobody), capture_output=True, text=True)
-  assert ended.returncode == 2
+  assert ended.returncode == 1
   [line] = ended.stderr.splitlines()
   assert "not all of 2 processes have come within 1 s" in line
 
@@ -88,7 +89,9 @@ def free_port() -> int:
 
 def environment(**variables: str) -> dict[str, str]:
   """Of a process with one device, unless `variables` say otherwise."""
-  return os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(runs.ROOT), "PYTHON": sys.executable} | variables
+  # jax would warn of a proxy, which some machines have.
+  own = {"XLA_FLAGS": "", "PYTHONPATH": str(runs.ROOT), "PYTHON": sys.executable, "JAX_CHECK_PROXY_ENVS": "0"}
+  return os.environ | own | variables
 
 
 # ------------------------------------------------------------ how they agree
@@ -181,7 +184,7 @@ def test_two_processes_evaluate_what_one_does(agreed, images):
 def test_the_others_are_silent(monkeypatch, capsys):
   for name, value in {"_speaker": "", "_is_silent": False}.items():
     monkeypatch.setattr(console, name, value)
-  level = console.LINES.level
+  level, verbosity = console.LINES.level, logging.get_verbosity()
   console.speak_as(1)
   try:
     assert console.fail("no data", 2) == 2
@@ -189,6 +192,7 @@ def test_the_others_are_silent(monkeypatch, capsys):
       assert bar.disable
   finally:
     console.LINES.setLevel(level)
+    logging.set_verbosity(verbosity)
   assert capsys.readouterr().err == "error in process 1: no data\n"
 
 
@@ -250,7 +254,7 @@ def test_two_processes_compute_what_one_does(paired, alone):
 
 def test_only_the_first_of_two_processes_speaks(paired):
   workdir, stderr = paired
-  assert "[1]" not in stderr
+  assert "[1] error" not in stderr and "[1] step" not in stderr
   assert stderr.count("2 processes on 1 host(s) with 1 device(s) each: 2 cpu devices, data 2 x fsdp 1 x tensor 1") == 1
   assert stderr.count(f"step {NUM_STEPS}/{NUM_STEPS}, ") == 1
   assert stderr.count("unreadable image skipped") == 3
@@ -286,16 +290,15 @@ def test_processes_that_differ_are_told_apart(tmp_path, images, compile_cache):
 @pytest.fixture(scope="module")
 def four(tmp_path_factory, images, compile_cache):
   """Runs on four devices by number of processes, with k-NN before and after."""
-  workdirs = {count: tmp_path_factory.mktemp(f"by_{count}") for count in (1, 2, 4)}
+  workdirs = {count: tmp_path_factory.mktemp(f"by_{count}") for count in (1, 4)}
   for count, workdir in workdirs.items():
     train(count, 4 // count, options(workdir, images, eval__knn=True, eval__knn_k=3), compile_cache)
   return workdirs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_any_number_of_processes_computes_the_same(four, count):
-  assert_same_rows(four[count], four[1], rtol=1e-6)
+def test_four_processes_compute_what_one_does(four):
+  assert_same_rows(four[4], four[1], rtol=1e-6)
   assert [row["step"] for row in runs.rows(four[1]) if "knn_top1" in row] == [0, NUM_STEPS]
 
 
@@ -320,8 +323,8 @@ def test_two_processes_evaluate_as_one(four, tmp_path, images, compile_cache):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("count", "devices", "mesh"),
-  [(1, 1, {}), (2, 4, {}), (2, 2, {"mesh__fsdp": 2, "mesh__tensor": 2})],
-  ids=["one_device", "two_processes", "another_layout"],
+  [(2, 4, {}), (2, 2, {"mesh__fsdp": 2, "mesh__tensor": 2})],
+  ids=["two_processes", "another_layout"],
 )
 def test_a_run_of_eight_devices_goes_on_elsewhere(eight, tmp_path, images, compile_cache, count, devices, mesh):
   """From step 4 of 10, as after a kill."""
