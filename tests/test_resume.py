@@ -267,14 +267,3 @@ def test_many_kills_in_the_middle_of_a_save(tmp_path, compile_cache, reference):
   hits = [kill_in_the_middle_of_a_save(tmp_path, compile_cache) for _ in range(6)]
   assert any(hits)
   finish_and_compare(tmp_path, compile_cache, reference)
-
-
-@pytest.mark.slow
-def test_resume_on_another_number_of_devices(tmp_path, compile_cache, reference):
-  stop_by_sigterm(tmp_path, compile_cache)
-  [step] = runs.checkpoints(tmp_path)
-  code, stderr = runs.finish(runs.start(runs.options(tmp_path, **LONG), compile_cache, devices=4))
-  assert code == 0, stderr
-  moved, expected = (runs.rows(workdir)[step:] for workdir in (tmp_path, reference))
-  np.testing.assert_allclose(*([row["loss"] for row in rows] for rows in (moved, expected)), rtol=1e-4)
-  assert [row["merges"] for row in moved] == [row["merges"] for row in expected]
