@@ -303,6 +303,7 @@ def test_four_processes_compute_what_one_does(four):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_evaluate_as_one(four, tmp_path, images, compile_cache):
   """Each image once, though the last batches are not full, and one cannot be read."""
   folders = {count: tmp_path / str(count) for count in (1, 2)}
@@ -323,7 +324,7 @@ def test_two_processes_evaluate_as_one(four, tmp_path, images, compile_cache):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("count", "devices", "mesh"),
-  [(2, 4, {}), (2, 2, {"mesh__fsdp": 2, "mesh__tensor": 2})],
+  [pytest.param(2, 4, {}, marks=pytest.mark.long), (2, 2, {"mesh__fsdp": 2, "mesh__tensor": 2})],
   ids=["two_processes", "another_layout"],
 )
 def test_a_run_of_eight_devices_goes_on_elsewhere(eight, tmp_path, images, compile_cache, count, devices, mesh):

@@ -252,6 +252,7 @@ def finish_and_compare(workdir, compile_cache, reference):
   assert not [*(workdir / "checkpoints").glob("*.orbax-checkpoint-tmp")]
 
 
+@pytest.mark.slow
 def test_sigterm_then_kill_then_kill_in_a_save(tmp_path, compile_cache, reference):
   stop_by_sigterm(tmp_path, compile_cache)
   kill_at_a_random_step(tmp_path, compile_cache)
@@ -263,6 +264,7 @@ def test_sigterm_then_kill_then_kill_in_a_save(tmp_path, compile_cache, referenc
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_many_kills_in_the_middle_of_a_save(tmp_path, compile_cache, reference):
   hits = [kill_in_the_middle_of_a_save(tmp_path, compile_cache) for _ in range(6)]
   assert any(hits)

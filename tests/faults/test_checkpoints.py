@@ -163,8 +163,8 @@ def test_a_run_with_a_damaged_checkpoint_ends_as_without(tmp_path, compile_cache
 def test_a_failed_save_ends_the_run_at_once(tmp_path, compile_cache, outcome):
   """A limit on the size of files stands for the full disk: the same calls fail, and no mount is needed."""
   limited = ("bash", "-c", 'ulimit -f 100; exec "$@"', "-")  # KiB; the largest parameters take more, the rest less
-  # The second save would tell of the first, too, but not before the log.
-  settings = {"run__steps": 300, "run__log_every_steps": 300, "run__checkpoint_every_steps": 150}
+  # The second save would tell of the first, too, but not before the log. A thousand steps are seconds.
+  settings = {"run__steps": 2000, "run__log_every_steps": 2000, "run__checkpoint_every_steps": 1000}
   code, stderr = runs.finish(runs.start(runs.options(tmp_path, **settings), compile_cache, prefix=limited))
   assert code == 2, stderr
   assert f"saving to {tmp_path}/checkpoints failed" in stderr

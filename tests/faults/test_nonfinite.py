@@ -82,6 +82,7 @@ def bad_batch(workdir) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault("one batch makes NaN", "on_nonfinite=stop")
 def test_stops_at_the_batch(train, tmp_path, capsys, outcome):
   assert train(tmp_path / "run", run__on_nonfinite="stop") == 3
