@@ -353,6 +353,8 @@ def test_cudnn_without_a_gpu(fails):
   assert "config.model.attention='cudnn' needs a GPU; choose 'xla' or 'matmul'" in message
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_disk_full_while_saving(two_steps, compile_cache):
   """A limit on the size of files stands for the full disk: the same calls fail, and no mount is needed."""
   workdir, _ = two_steps

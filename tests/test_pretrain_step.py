@@ -89,7 +89,7 @@ def test_micro_batches_equal_the_big_batch(changes):
   chex.assert_trees_all_close(whole.params, split.params, atol=5e-5)
 
 
-@pytest.mark.parametrize("granularity", ["batch", "image"])
+@pytest.mark.parametrize("granularity", ["batch", pytest.param("image", marks=pytest.mark.slow)])
 def test_eight_devices_equal_one(granularity):
   config = make_config(morphing__granularity=granularity)
   one, history = run_steps(config)

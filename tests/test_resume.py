@@ -45,6 +45,7 @@ def uninterrupted(tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_remembered(tmp_path):
   """The count and the bound are those of the whole run, not of its last part."""
   images = tmp_path / "images"

@@ -223,6 +223,7 @@ def page(tmp_path):
   return path
 
 
+@pytest.mark.slow
 def test_a_failing_cell_is_named_and_the_others_go_on(page, tmp_path, compile_cache):
   code, stderr = runs.finish(start(page, tmp_path / "study", compile_cache, "--jobs=2"))
   assert code == 1, stderr

@@ -95,6 +95,7 @@ def test_stops_at_the_batch(train, tmp_path, capsys, outcome):
   outcome(f"exit 3 at step {step}, checkpoint of step {newest} kept")
 
 
+@pytest.mark.slow
 @pytest.mark.fault("one batch makes NaN", "on_nonfinite=rollback")
 def test_goes_back_and_on_without_the_batch(rolled_back, outcome):
   """All steps are made, and each on another batch, but for the bad one."""
@@ -108,10 +109,11 @@ def test_goes_back_and_on_without_the_batch(rolled_back, outcome):
   outcome(f"batch {number} skipped, exit 0")
 
 
+@pytest.mark.slow
 @pytest.mark.fault("one batch makes NaN", "rollback, then kill -9")
 @pytest.mark.parametrize(
   "is_after",
-  [False, pytest.param(True, marks=pytest.mark.slow)],
+  [False, True],
   ids=["before_the_next_checkpoint", "after_it"],
 )
 def test_a_resumed_run_skips_it_too(rolled_back, train, tmp_path, is_after, outcome):
