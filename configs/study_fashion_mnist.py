@@ -15,8 +15,8 @@ step. The teachers leave room above themselves: none has seen all labels, and th
 Scales:
 
   ci      49 tokens, few steps: to see that everything runs. 14 runs, three minutes on two CPU cores
-  cpu     196 tokens as in the paper, raw HOG. 36 runs, about an hour on two CPU cores
-  cpu-49  49 tokens, two trained teachers. 64 runs, about an hour on two CPU cores
+  cpu     196 tokens as in the paper, raw HOG. 36 runs, an hour or two on two CPU cores: see docs/study.md
+  cpu-49  49 tokens, two trained teachers. 64 runs, about as long. Not run to the end
   gpu     196 tokens, all arms and teachers, ViT-S in bfloat16. Not run
 
 The hour of `cpu`: two cores pre-train the tiny student on about 130 images/s with 196 tokens (600 with 49), and see

@@ -1,7 +1,7 @@
 """The paper's experiment: ViT-B/16 on ImageNet-1K against CLIP B/16, 300 epochs.
 
-  tfds build imagenet2012 --file_format=array_record
-  python -m dtm_jax.main --config=configs/vitb.py
+  launch/prepare_imagenet.sh TARS data      (or: tfds build imagenet2012 --file_format=array_record)
+  python -m dtm_jax.main --config=configs/vitb.py --config.data.path=data
 
 Source: Kim, Heo, Han, "Morphing Tokens Draw Strong Masked Image Models", ICLR 2025, arXiv 2401.00254, with the
 released code's choices where the two differ: the teacher sees the student's image with the student's mean and std,
