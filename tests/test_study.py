@@ -256,7 +256,8 @@ def test_stopped_or_killed_the_same_command_goes_on(page, tmp_path, compile_cach
   start_study = functools.partial(start, page, folder, compile_cache, *long)
 
   process = start_study()
-  runs.wait_until((workdir / "metrics.jsonl").exists, process)
+  rows = workdir / "metrics.jsonl"
+  runs.wait_until(lambda: rows.exists() and len(rows.read_text().splitlines()) > 2, process)  # steps, not k-NN alone
   with pytest.raises(InputError, match="a study is at work in"), runner.locked(folder):
     pass
   process.send_signal(signal.SIGTERM)
