@@ -43,6 +43,12 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
   return process.returncode, stderr
 
 
+def train(workdir: pathlib.Path, cache: pathlib.Path, **settings) -> None:
+  """A run to its end, in a process of its own."""
+  code, stderr = finish(start(options(workdir, **settings), cache))
+  assert code == 0, stderr
+
+
 def wait_until(condition: Callable[[], object], process: subprocess.Popen) -> None:
   """Returns as soon as the condition holds; fails where the process ends before."""
   while not condition():

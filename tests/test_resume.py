@@ -202,8 +202,7 @@ LONG = {"run__steps": 90, "run__log_every_steps": 1, "run__checkpoint_every_step
 def reference(tmp_path_factory, compile_cache):
   """An uninterrupted run of the processes below."""
   workdir = tmp_path_factory.mktemp("reference")
-  code, stderr = runs.finish(runs.start(runs.options(workdir, **LONG), compile_cache))
-  assert code == 0, stderr
+  runs.train(workdir, compile_cache, **LONG)
   return workdir
 
 
