@@ -23,6 +23,7 @@ from typing import Any
 
 import dtm_jax
 
+ROOT = pathlib.Path(__file__).parents[1]
 BUSY_LOAD_PER_CORE = 0.3  # above this, other work on the machine decides the figures
 
 
@@ -34,6 +35,30 @@ def argument_parser(doc: str, rounds: int) -> argparse.ArgumentParser:
   )
   parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write results and machine to this file")
   return parser
+
+
+def run_options(page: str, settings: Mapping[str, Any], is_cpu: bool) -> list[str]:
+  """Arguments of a run that only trains: no evaluation, no pictures; on CPUs in float32, which they are better at.
+
+  Args:
+    page: of `configs/`.
+    settings: of the config, by dotted name, on top.
+    is_cpu: whether it runs on CPUs.
+  """
+  plain = {"model.dtype": "float32", "teacher.dtype": "float32"} if is_cpu else {}
+  settings = {"eval.knn": False, "eval.figure_images": 0} | plain | settings
+  return [f"--config={ROOT / 'configs' / page}.py", *(f"--config.{name}={value}" for name, value in settings.items())]
+
+
+def random_clip(folder: pathlib.Path) -> pathlib.Path:
+  """A weights file of CLIP B/16's size, for what takes the same time with any weights."""
+  import transformers
+
+  transformers.logging.disable_progress_bar()
+  sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+  settings = transformers.CLIPVisionConfig(**sizes, patch_size=16, projection_dim=512)
+  transformers.CLIPVisionModelWithProjection(settings).save_pretrained(folder)
+  return folder / "model.safetensors"
 
 
 def alternate(runs: Mapping[str, Callable[[int], Any]], rounds: int) -> dict[str, list[float]]:

@@ -1,10 +1,13 @@
 """Images per second of training in several processes beside one, on this machine, with the same devices.
 
-  python benchmarks/processes.py [--processes=2] [--steps=60] [--batch=64] [--rounds=3] [--json=FILE]
+  python benchmarks/processes.py [--processes=2] [--rounds=3] [--json=FILE]
 
-Each is the quickstart, started by `launch/local.sh`: one process with so many devices, and so many processes with one
-each, by turns. A figure is the median over the logs of a run, without the first, which has the compilation. The target
-is 0.9 of one process's images per second. On GPUs one process alone would have one of them: run it on CPUs.
+Each run is started by `launch/local.sh`: one process with so many devices, and so many processes with one each, by
+turns. A figure is the median over the logs of a run, without the first, which has the compilation. The target is 0.9 of
+one process's images per second. On GPUs one process alone would have one of them: run it on CPUs.
+
+Processes on CPUs send each gradient by itself, with a fixed cost of each: tiny steps (the quickstart's) pay for that,
+which is told, too, and steps of a real size do not.
 """
 
 import functools
@@ -15,63 +18,67 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
-from common import argument_parser, quartiles, report, warn_if_busy, write_json
+from common import ROOT, argument_parser, median_ratio, quartiles, report, run_options, warn_if_busy, write_json
 
-ROOT = pathlib.Path(__file__).parents[1]
-LOGS = 12  # of a run
+NOISE = {"data.source": "synthetic", "teacher.kind": "hog", "teacher.weights": ""}
+RUNS = {  # name -> page, settings
+  "ViT-S/16, 224 px": ("vits", NOISE | {"run.steps": 9, "run.log_every_steps": 1, "data.batch_size": 16}),
+  "quickstart": ("quickstart", {"run.steps": 60, "run.log_every_steps": 5, "data.batch_size": 64}),
+}
 
 
-def train(processes: int, devices: int, steps: int, batch_size: int, folder: pathlib.Path) -> float:
-  """Images per second of a run in a new folder."""
+def train(page: str, settings: dict[str, Any], processes: int, devices: int, folder: pathlib.Path) -> float:
+  """Seconds per image of a run in a new folder."""
+  settings = settings | {"run.checkpoint_every_steps": settings["run.steps"]}
+  variables = {"DEVICES_PER_PROCESS": str(devices), "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+  variables |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
   with tempfile.TemporaryDirectory(dir=folder) as workdir:
-    settings = {
-      **{"run.steps": steps, "run.log_every_steps": max(1, steps // LOGS), "run.checkpoint_every_steps": steps},
-      **{"eval.knn": False, "eval.figure_images": 0, "data.batch_size": batch_size},
-    }
-    options = [f"--config.{name}={value}" for name, value in settings.items()]
-    command = [ROOT / "launch" / "local.sh", str(processes), f"--config={ROOT}/configs/quickstart.py", *options]
-    variables = {"DEVICES_PER_PROCESS": str(devices), "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
-    variables |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
-    run = [*command, f"--workdir={workdir}"]
-    subprocess.run(run, env=os.environ | variables, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    options = [*run_options(page, settings, is_cpu=True), f"--workdir={workdir}"]
+    command = [ROOT / "launch" / "local.sh", str(processes), *options]
+    subprocess.run(
+      command, env=os.environ | variables, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
   _, *speeds = (json.loads(line)["images_per_second"] for line in lines)
-  return statistics.median(speeds)
+  return 1 / statistics.median(speeds)
+
+
+def compare(name: str, processes: int, rounds: int) -> dict[str, Any]:
+  """One row of the table."""
+  page, settings = RUNS[name]
+  seconds = {"one": [], "several": []}
+  with tempfile.TemporaryDirectory() as folder:
+    run = functools.partial(train, page, settings, folder=pathlib.Path(folder))
+    for i in range(rounds + 1):  # the first is not counted
+      for side in list(seconds)[:: 1 if i % 2 else -1]:
+        layout = {"processes": 1, "devices": processes} if side == "one" else {"processes": processes, "devices": 1}
+        seconds[side].append(run(**layout))
+  one, several = (times[1:] for times in seconds.values())
+  return {
+    "run": name,
+    "batch": settings["data.batch_size"],
+    "processes": processes,
+    "one_images_per_second": 1 / statistics.median(one),
+    "several_images_per_second": 1 / statistics.median(several),
+    "ratio": median_ratio(one, several),
+    "quartiles": quartiles([a / b for a, b in zip(one, several, strict=True)]),
+  }
 
 
 def main() -> None:
   parser = argument_parser(__doc__, rounds=3)
   parser.add_argument("--processes", type=int, default=2, help="and devices (%(default)s)")
-  parser.add_argument("--steps", type=int, default=60, help="of a run (%(default)s)")
-  parser.add_argument("--batch", type=int, default=64, help="images of all processes (%(default)s)")
   options = parser.parse_args()
   warn_if_busy()
-  count = options.processes
-  with tempfile.TemporaryDirectory() as folder:
-    run = functools.partial(train, steps=options.steps, batch_size=options.batch, folder=pathlib.Path(folder))
-    contenders = {"one process": (1, count), f"{count} processes": (count, 1)}
-    speeds = {name: [] for name in contenders}
-    for i in range(options.rounds + 1):  # the first is not counted
-      for name in list(contenders)[:: 1 if i % 2 else -1]:
-        speeds[name].append(run(*contenders[name]))
-  counted = {name: values[1:] for name, values in speeds.items()}
-  alone = counted["one process"]
-  rows = [
-    {
-      "contender": name,
-      "processes": contenders[name][0],
-      "devices": count,
-      "images_per_second": statistics.median(values),
-      "quartiles": quartiles(values),
-      "of_one_process": statistics.median(own / other for own, other in zip(values, alone, strict=True)),
-    }
-    for name, values in counted.items()
-  ]
+  rows = [compare(name, options.processes, options.rounds) for name in RUNS]
   columns = {
-    "contender": ("contender", ""),
-    "images/s": ("images_per_second", ".1f"),
-    "of one process": ("of_one_process", ".2f"),
+    "run": ("run", ""),
+    "batch": ("batch", "d"),
+    "one process, images/s": ("one_images_per_second", ".2f"),
+    f"{options.processes} processes, images/s": ("several_images_per_second", ".2f"),
+    "ratio": ("ratio", ".2f"),
   }
   report(rows, columns)
   write_json(options.json, rows, ("jax", "jaxlib", "numpy"))

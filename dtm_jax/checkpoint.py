@@ -45,7 +45,7 @@ class CheckpointStore:
   """
 
   def __init__(self, workdir: pathlib.Path, *, keep: int | None = None, folder: str = FOLDER):
-    self._folder = workdir.resolve() / folder
+    self._folder, self._is_saving = workdir.resolve() / folder, False
     writes = keep is not None  # what looks unfinished may be the work of a run that goes on
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=writes, cleanup_tmp_directories=writes)
     try:
@@ -72,15 +72,18 @@ class CheckpointStore:
       return
     metadata = {_CHECKSUM: int(_checksum(state))}
     self._checked(lambda: self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=metadata))
+    self._is_saving = True
 
   def check(self) -> None:
-    """Raises InputError where a save in the background has failed."""
-    self._checked(self._manager.check_for_errors)
+    """Raises InputError where a save in the background has failed; does not wait for it."""
+    # `check_for_errors` knows none: they are kept by the thread that has ended, for whoever waits for it.
+    if self._is_saving and not self._manager.is_saving_in_progress():
+      self.wait()
 
   def wait(self) -> None:
     """Returns when all saves are complete. Raises InputError where one failed."""
+    self._is_saving = False
     self._checked(self._manager.wait_until_finished)
-    self.check()
 
   def close(self) -> None:
     """Waits for saves. Raises InputError where one failed."""

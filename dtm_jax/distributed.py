@@ -42,6 +42,7 @@ _LAST_WORDS_SECONDS = 2  # for the others, whom jax ends as soon as they miss pr
 _HEARTBEAT_SECONDS = 40  # without a sign of life a process counts as dead, and jax ends the others
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_SAME_START = "give every process the same command, code, packages and files"
 _REMEDY = f"set {', '.join(_VARIABLES)} for every process, or none of them"
 # In the message of a collective operation or a meeting that another process has not come to.
 _SIGNS_OF_LOSS = ("Gloo", "NCCL", "CoordinationService", "coordination_service")
@@ -209,8 +210,13 @@ def together(action: Callable[[], T]) -> T:
   return result
 
 
-def check_same(values: Mapping[str, Any]) -> None:
-  """Raises SharedInputError where a process has other values than process 0; it names the process and the values."""
+def check_same(values: Mapping[str, Any], remedy: str = _SAME_START) -> None:
+  """Raises SharedInputError where a process has other values than process 0; it names the process and the values.
+
+  Args:
+    values: what JSON can hold.
+    remedy: what the user is told to do.
+  """
   if count() == 1:
     return
   own = _flat(json.loads(json.dumps(values)))
@@ -221,8 +227,7 @@ def check_same(values: Mapping[str, Any]) -> None:
     if names:
       name = names[0]
       raise InputError(
-        f"{some_of(names)} not as on process 0 ({own.get(name)!r} here, {first.get(name)!r} there for {name}); give"
-        " every process the same command, code, packages and files"
+        f"{some_of(names)} not as on process 0 ({own.get(name)!r} here, {first.get(name)!r} there for {name}); {remedy}"
       )
 
   together(compare)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -27,14 +27,17 @@ from dtm_jax.errors import InputError, StoppedError
 from dtm_jax.networks import init_params
 from dtm_jax.optim import Schedule, create_optimizer, warmup_cosine
 from dtm_jax.restore import abstract_state
+from dtm_jax.skipped_batches import SkippedBatches
 from dtm_jax.train_state import TrainState, create_train_state, params_sha256
 from dtm_jax.workdir import CONFIG_FILE, SUMMARY_FILE, read_json, write_json
 
 StopRequested = Callable[[], bool]
 
+_NOT_IN_STEP = (
+  "they computed different things, which a faulty device or network may cause: go on from a checkpoint before that on"
+  " other hosts"
+)
 _INIT_SHA256 = "init_sha256"  # entry of the record
-_SKIPPED = "skipped_batch"  # entry of a row, at the step that was not finite with it
-_MAX_SKIPPED = 10  # batches of a run; more are no accident
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +254,10 @@ class _Session:
   writer: metrics.MetricWriter
   stop_requested: StopRequested
 
+  @functools.cached_property
+  def skipped(self) -> SkippedBatches:
+    return SkippedBatches(self.writer)
+
   def restore(self, record: dict[str, Any] | None) -> tuple[TrainState, str]:
     """The newest state that can be read, and the SHA-256 of the weights that the run began with."""
     parts, step = self.parts, distributed.from_first(self.store.latest_step)
@@ -273,35 +280,23 @@ class _Session:
       try:
         return self._train(state, train_step)
       except loop.NonFiniteError as error:
-        self._check_can_go_back(error)
+        if self.parts.config.run.on_nonfinite == "stop":
+          raise
+        self.skipped.check_may_skip(error)
+        logging.warning("%s", error)
         bad_step = error.step
       # Both here and, now that the error is gone, in the loop: there may be no memory for two.
       state = None
       state = self._go_back(bad_step)
-
-  def _check_can_go_back(self, error: loop.NonFiniteError) -> None:
-    """Raises the error where the run is to stop, or going back has not helped."""
-    if self.parts.config.run.on_nonfinite == "stop" or error.step < 0:
-      raise error
-    if self.writer.find(error.step, _SKIPPED) is not None:
-      raise loop.NonFiniteError(f"{error}, and skipping a batch there has not helped", error.step)
-    if len(self._skipped_batches) == _MAX_SKIPPED:
-      raise loop.NonFiniteError(f"{error}, and {_MAX_SKIPPED} batches of the run are skipped already", error.step)
-    logging.warning("%s", error)
 
   def _go_back(self, bad_step: int) -> TrainState:
     """The last good state; from there the run goes on without the batch of a step."""
     self.store.wait()
     like, is_saved = self.parts.abstract_state(), distributed.from_first(self.store.latest_step) is not None
     state = self.store.restore_newest(like) if is_saved else distributed.together(self.parts.begin)[0]
-    number, step = _batch_number(bad_step, self._skipped_batches), int(state.step)
-    logging.warning("going back to step %d, and on without batch %d of the data", step, number)
-    self.writer.write(bad_step, {_SKIPPED: number, "rolled_back_to": step})
+    number = self.skipped.add(bad_step, back_at=int(state.step))
+    logging.warning("going back to step %d, and on without batch %d of the data", state.step, number)
     return state
-
-  @property
-  def _skipped_batches(self) -> list[int]:
-    return [row[_SKIPPED] for row in self.writer.rows if _SKIPPED in row]
 
   def _train(self, state: TrainState, train_step: Callable[..., Any]) -> TrainState:
     parts, config = self.parts, self.parts.config
@@ -344,16 +339,13 @@ class _Session:
     return state
 
   def _batches(self, start_step: int) -> Generator[Batch]:
-    """Of the steps from `start_step` on; without those of the data that are skipped."""
-    skipped = self._skipped_batches
-    first = _batch_number(start_step, skipped)
+    """Of the steps from `start_step` on."""
+    first = self.skipped.number_of(start_step)
     index, count = sharding.batch_share(self.parts.mesh)
     source = self.parts.train_source
     batches = train_batches(self.parts.config, source, start_step=first, process_index=index, process_count=count)
     with contextlib.closing(batches):
-      for number, batch in enumerate(batches, first):
-        if number not in skipped:
-          yield batch
+      yield from self.skipped.left_out(batches, first)
 
   def evaluate(self, state: TrainState) -> None:
     """Logs what the model is worth, once for each step. Raises StoppedError where it was asked to stop."""
@@ -382,7 +374,7 @@ class _Session:
   def summarize(self, state: TrainState) -> dict[str, Any]:
     writer, last = self.writer, self.parts.total_steps
     sha256 = params_sha256(state.params)
-    distributed.check_same({"params_sha256": sha256})
+    distributed.check_same({"params_sha256": sha256}, _NOT_IN_STEP)
     return {
       "steps": last,
       "loss": writer.find(last, "loss"),
@@ -391,14 +383,6 @@ class _Session:
       "params_sha256": sha256,
       **self.parts.results(writer),
     }
-
-
-def _batch_number(step: int, skipped: Collection[int]) -> int:
-  """Which batch of the data a step takes: the `step`-th of those that are not skipped."""
-  number = step
-  for other in sorted(skipped):
-    number += other <= number
-  return number
 
 
 def _watch(batches: Iterator[Batch], met: list[int], observe: Callable[[], None]) -> Iterator[Batch]:

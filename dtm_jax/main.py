@@ -12,13 +12,9 @@ Exit codes: 0 done; 1 another process has failed; 2 wrong usage, config or data;
 signal after saving.
 """
 
-import contextlib
 import pathlib
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -61,13 +57,17 @@ def _run(settings: ConfigDict, workdir: pathlib.Path, command: str) -> int:
   # Not before the options are right: the backend takes seconds to start.
   import jax
 
-  from dtm_jax import compile_cache, config, distributed, evaluation, finetuning, loop, pretraining
+  from dtm_jax import compile_cache, config, distributed, evaluation, finetuning, loop, pretraining, stopping
+  from dtm_jax.checkpoint import saved_steps
+
+  def newest_step() -> int:
+    return max(saved_steps(workdir), default=0)
 
   tasks = {"pretrain": pretraining.run, "finetune": finetuning.run, "evaluate": evaluation.run}
 
   distributed.initialize()
   compile_cache.enable()
-  with _stop_requests(workdir) as stop_requested, distributed.ending_at_once(loop.NonFiniteError):
+  with stopping.requests(newest_step) as stop_requested, distributed.ending_at_once(loop.NonFiniteError):
     try:
       # float32 means float32, on TPUs and GPUs too; products of bfloat16 are not concerned.
       with jax.default_matmul_precision("float32"):
@@ -85,40 +85,6 @@ def _circumstances(resolved) -> dict[str, Any]:
   from dtm_jax import config, distributed, workdir
 
   return {"config": config.to_json(resolved), "code": distributed.code_sha256(), **workdir.versions()}
-
-
-@contextlib.contextmanager
-def _stop_requests(workdir: pathlib.Path) -> Iterator[Callable[[], bool]]:
-  """Asked whether a signal wants the run to stop; who does not ask is ended after a while."""
-  from dtm_jax import distributed, stopping
-  from dtm_jax.checkpoint import saved_steps
-
-  def newest_step() -> int:
-    return max(saved_steps(workdir), default=0)
-
-  with contextlib.ExitStack() as stack:
-    if distributed.count() > 1:
-      stop_requested = stack.enter_context(distributed.stop_requests())
-    else:
-      stop_requested = stack.enter_context(noted_signals()).is_set
-    yield stack.enter_context(stopping.in_time(stop_requested, newest_step))
-
-
-@contextlib.contextmanager
-def noted_signals() -> Iterator[threading.Event]:
-  """SIGTERM and SIGINT set the event instead of ending the process; a second Ctrl-C ends it."""
-  stop = threading.Event()
-
-  def note(number, frame):
-    stop.set()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-  previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    yield stop
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from absl import logging
 
-from dtm_jax import console, distributed
+from dtm_jax import console, distributed, signals
 
 GRACE_SECONDS = 45  # schedulers give a minute
 _NOTHING_LOST_SECONDS = 3  # for files that are being written
@@ -24,6 +24,21 @@ _has_progress = threading.Event()
 def note_progress() -> None:
   """From now on, ending at once would lose steps."""
   _has_progress.set()
+
+
+@contextlib.contextmanager
+def requests(newest_step: Callable[[], int]) -> Iterator[Callable[[], bool]]:
+  """Asked whether a signal wants the run to stop; who does not ask is ended after a while.
+
+  Args:
+    newest_step: of the checkpoints, for the message.
+  """
+  with contextlib.ExitStack() as stack:
+    if distributed.count() > 1:
+      stop_requested = stack.enter_context(distributed.stop_requests())
+    else:
+      stop_requested = stack.enter_context(signals.noted()).is_set
+    yield stack.enter_context(in_time(stop_requested, newest_step))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ import tempfile
 import numpy as np
 import pytest
 
+import runs
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 # A busy machine may keep one of eight devices on two cores waiting for longer than XLA's 40 seconds.
 os.environ["XLA_FLAGS"] = (
@@ -37,3 +39,9 @@ def golden():
 def compile_cache():
   """The folder of compiled programs, for processes whose environment a test makes itself."""
   return pathlib.Path(COMPILED.name)
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+  yield
+  runs.end_all()

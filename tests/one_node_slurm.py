@@ -120,7 +120,8 @@ def started(folder: pathlib.Path) -> Iterator[Cluster]:
 @contextlib.contextmanager
 def _daemon(cluster: Cluster, name: str, *arguments: str) -> Iterator[None]:
   with (cluster.folder / f"{name}.log").open("w") as log:
-    command = [find(name), *arguments]
+    # Also where the tests are killed.
+    command = ["setpriv", "--pdeathsig=TERM", find(name), *arguments]
     # Ctrl-C is for pytest, which then stops the jobs while there still is a cluster.
     process = subprocess.Popen(command, env=cluster.environment, stdout=log, stderr=log, start_new_session=True)
   try:

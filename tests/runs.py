@@ -20,6 +20,25 @@ def options(workdir: pathlib.Path, **settings) -> list[str]:
   return [SMOKE, f"--workdir={workdir}", *(f"--config.{k.replace('__', '.')}={v}" for k, v in quick.items())]
 
 
+_started: list[subprocess.Popen] = []
+
+
+def popen(command: list, **settings) -> subprocess.Popen:
+  """A process that ends with the test which starts it, also where that fails."""
+  process = subprocess.Popen(command, **settings)
+  _started.append(process)
+  return process
+
+
+def end_all() -> None:
+  """Ends what still runs: a launcher passes that on to what it has started."""
+  while _started:
+    process = _started.pop()
+    if process.poll() is None:
+      process.terminate()
+      process.communicate()
+
+
 def start(arguments: list[str], cache: pathlib.Path | None, *, devices: int = 1, prefix: tuple[str, ...] = ()):
   """A process of `dtm_jax.main` on so many CPU devices; standard error is piped, as text.
 
@@ -34,7 +53,7 @@ def start(arguments: list[str], cache: pathlib.Path | None, *, devices: int = 1,
   if cache is None:
     del environment["JAX_COMPILATION_CACHE_DIR"]
   command = [*prefix, sys.executable, "-m", "dtm_jax.main", *arguments]
-  return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+  return popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:

@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "dtm_jax"
 RANKS = {
   **dict.fromkeys(("axes", "errors"), -2),
   "files": -1,
-  "console": -1,
+  **dict.fromkeys(("console", "signals"), -1),
   "config": 0,
   **dict.fromkeys(("data", "distributed"), 1),
   "models": 2,
@@ -26,7 +26,7 @@ RANKS = {
   **dict.fromkeys(("steps", "networks"), 6),
   **dict.fromkeys(("checkpoint", "metrics"), 7),
   "loop": 8,
-  **dict.fromkeys(("evaluate", "figures", "workdir"), 9),
+  **dict.fromkeys(("evaluate", "figures", "workdir", "skipped_batches"), 9),
   "restore": 10,
   "experiment": 11,
   "command_line": 11,

@@ -118,7 +118,7 @@ def agreed(tmp_path_factory, images):
   def start(index: int):
     variables = TOGETHER | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(index)}
     command = [sys.executable, two_processes.__file__, str(folder), str(images)]
-    return subprocess.Popen(command, env=environment(**variables), stdout=subprocess.PIPE, text=True)
+    return runs.popen(command, env=environment(**variables), stdout=subprocess.PIPE, text=True)
 
   processes = [start(0), start(1)]
   outputs = [process.communicate()[0] for process in processes]
@@ -203,7 +203,7 @@ def launch(count: int, devices: int, arguments: list[str], cache: pathlib.Path) 
   """`launch/local.sh` with so many processes of so many devices; outputs are piped, as text."""
   variables = {"DEVICES_PER_PROCESS": str(devices), "JAX_COMPILATION_CACHE_DIR": str(cache)}
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-  return subprocess.Popen([LOCAL, str(count), *arguments], env=environment(**variables), **pipes)
+  return runs.popen([LOCAL, str(count), *arguments], env=environment(**variables), **pipes)
 
 
 def train(count: int, devices: int, arguments: list[str], cache: pathlib.Path) -> str:
@@ -275,7 +275,7 @@ def test_processes_that_differ_are_told_apart(tmp_path, images, compile_cache):
     variables = TOGETHER | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(index)}
     variables |= {"JAX_COMPILATION_CACHE_DIR": str(compile_cache)}
     command = [sys.executable, "-m", "dtm_jax.main", *options(tmp_path / "run", folder)]
-    return subprocess.Popen(command, env=environment(**variables), stderr=subprocess.PIPE, text=True)
+    return runs.popen(command, env=environment(**variables), stderr=subprocess.PIPE, text=True)
 
   processes = [start(0, images), start(1, tmp_path / "images")]
   for index, process in enumerate(processes):

@@ -213,7 +213,7 @@ def start(page: pathlib.Path, workdir: pathlib.Path, cache: pathlib.Path, *argum
     "PYTHONPATH": str(ROOT),
   }
   command = [sys.executable, "-m", "dtm_jax.study", f"--config={page}", "--scale=x", f"--workdir={workdir}"]
-  return subprocess.Popen([*command, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+  return runs.popen([*command, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture

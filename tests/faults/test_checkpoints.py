@@ -4,7 +4,9 @@ import contextlib
 import gc
 import json
 import pathlib
+import resource
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -158,10 +160,33 @@ def test_a_run_with_a_damaged_checkpoint_ends_as_without(tmp_path, compile_cache
   outcome("same params_sha256")
 
 
+@contextlib.contextmanager
+def small_files(size: int):
+  """A limit on the size of files stands for the full disk: the same calls fail, and no mount is needed."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.fault("disk full in a save in the background", "between saves")
+def test_a_failed_save_is_noticed_before_the_next(tmp_path, outcome):
+  with contextlib.closing(CheckpointStore(tmp_path, keep=3)) as store:
+    with small_files(2**14), pytest.raises(InputError, match=f"saving to {tmp_path}/checkpoints failed") as told:
+      store.save(new_state(1))
+      for _ in range(1000):
+        store.check()
+        time.sleep(0.02)
+    assert "check" in {entry.name for entry in told.traceback}
+  assert not runs.checkpoints(tmp_path)
+  outcome("told when it is asked before the next step")
+
+
 @pytest.mark.slow
 @pytest.mark.fault("disk full in a save in the background", "in the middle of the run")
 def test_a_failed_save_ends_the_run(tmp_path, compile_cache, outcome):
-  """A limit on the size of files stands for the full disk: the same calls fail, and no mount is needed."""
   limited = ("bash", "-c", 'ulimit -f 100; exec "$@"', "-")  # KiB; the largest parameters take more, the rest less
   settings = {"run__steps": 300, "run__log_every_steps": 300, "run__checkpoint_every_steps": 150}
   code, stderr = runs.finish(runs.start(runs.options(tmp_path, **settings), compile_cache, prefix=limited))

@@ -1,5 +1,6 @@
 """A loss that is not finite, by way of the data and of the learning rate: the run stops, or goes back and on."""
 
+import contextlib
 import json
 import shutil
 
@@ -10,11 +11,12 @@ import safetensors.numpy
 from PIL import Image
 
 import runs
-from dtm_jax import experiment, main, restore
+from dtm_jax import main, metrics, restore
 from dtm_jax.config import from_json
 from dtm_jax.convert.state_dict import read_state_dict
 from dtm_jax.data.pipeline import train_batches
 from dtm_jax.data.sources import open_source
+from dtm_jax.skipped_batches import SkippedBatches
 
 # How ml_collections reads a config file.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -143,6 +145,11 @@ def test_going_back_once_more_to_the_same_place_ends_the_run(train, tmp_path, ca
   outcome("exit 3 at the second time")
 
 
-def test_batches_are_numbered_without_those_that_are_skipped():
-  taken = [number for number in range(9) if number not in (0, 3, 4, 8)]
-  assert [experiment._batch_number(step, [8, 4, 0, 3]) for step in range(5)] == taken
+def test_batches_are_numbered_without_those_that_are_skipped(tmp_path):
+  with contextlib.closing(metrics.MetricWriter(tmp_path)) as writer:
+    skipped = SkippedBatches(writer)
+    for step in (6, 3, 0, 1):
+      skipped.add(step, back_at=0)
+    assert skipped.numbers == [6, 3, 0, 2]
+    assert [skipped.number_of(step) for step in range(5)] == [1, 4, 5, 7, 8]
+    assert [*skipped.left_out(iter("cdefgh"), 2)] == ["e", "f", "h"]

@@ -40,12 +40,11 @@ def num_rows(workdir: pathlib.Path) -> int:
 
 DEAF = """
 import signal, time
-from dtm_jax import console, stopping
-from dtm_jax.main import noted_signals
+from dtm_jax import console, signals, stopping
 
 console.log_plainly()
 stopping.GRACE_SECONDS, stopping._NOTHING_LOST_SECONDS = 3, 1
-with noted_signals() as stop, stopping.in_time(stop.is_set, lambda: 17) as stop_requested:
+with signals.noted() as stop, stopping.in_time(stop.is_set, lambda: 17) as stop_requested:
   {before}
   signal.raise_signal(signal.{number})
   {after}
@@ -77,8 +76,7 @@ def test_in_the_first_compile_it_ends_at_once(tmp_path, outcome):
   """The compiler is busy for longer than that. Nothing is lost, and so nothing need be saved."""
   workdir = tmp_path / "run"
   large = {"model__variant": "B", "data__num_workers": 1}
-  environment = ("env", f"JAX_DUMP_IR_TO={tmp_path}/programs", "JAX_DUMP_IR_MODES=stablehlo")
-  process = runs.start(runs.options(workdir, **large), tmp_path / "cache", prefix=environment)
+  process = runs.start(runs.options(workdir, **large), tmp_path / "cache", prefix=programs(tmp_path / "programs"))
 
   def compiling():
     return any("train_step" in path.name for path in (tmp_path / "programs").glob("*"))
@@ -86,6 +84,27 @@ def test_in_the_first_compile_it_ends_at_once(tmp_path, outcome):
   seconds, stderr = stop_when(compiling, process)
   assert "before the first step was made; nothing is lost" in stderr
   outcome("143, nothing to save", seconds)
+
+
+def programs(folder: pathlib.Path) -> tuple[str, ...]:
+  """A prefix of a command that writes each of its programs into a folder as it comes to it."""
+  return ("env", f"JAX_DUMP_IR_TO={folder}", "JAX_DUMP_IR_MODES=stablehlo")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("SIGTERM", "in an evaluation")
+def test_an_evaluation_is_left_and_made_again(tmp_path, compile_cache, outcome):
+  """The one before the first step; the signal comes when its program is made, and it has some hundred batches."""
+  workdir, settings = tmp_path / "run", {"run__steps": 1, "eval__knn": True}
+  long = runs.options(workdir, **settings, eval__batch_size=1, eval__max_train_images=512)
+  process = runs.start(long, compile_cache, prefix=programs(tmp_path / "programs"))
+  seconds, stderr = stop_when(lambda: any("features" in path.name for path in tmp_path.glob("programs/*")), process)
+  assert "stopped and saved at step 0" in stderr
+  assert not (workdir / "metrics.jsonl").exists() or not runs.rows(workdir)
+  code, stderr = runs.finish(runs.start(runs.options(workdir, **settings), compile_cache))
+  assert code == 0, stderr
+  assert "knn_top1_before" in runs.summary(workdir)
+  outcome("143, saved, made again", seconds)
 
 
 @pytest.mark.slow
