@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import random
-import signal
 
 import jax
 import numpy as np
@@ -191,81 +189,3 @@ def test_an_unreadable_checkpoint_says_which_folder_to_remove(tmp_path):
   with pytest.raises(InputError, match=r"checkpoints/0 cannot be read.* move it away"):
     store.restore(0, parts.abstract_state())
   store.close()
-
-
-# Real processes and real signals. All on one device: the sums of another number differ in their last bits.
-
-LONG = {"run__steps": 90, "run__log_every_steps": 1, "run__checkpoint_every_steps": 5}
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory, compile_cache):
-  """An uninterrupted run of the processes below."""
-  workdir = tmp_path_factory.mktemp("reference")
-  runs.train(workdir, compile_cache, **LONG)
-  return workdir
-
-
-def start_and_wait(workdir, compile_cache, condition, **settings):
-  process = runs.start(runs.options(workdir, **LONG | settings), compile_cache)
-  runs.wait_until(condition, process)
-  return process
-
-
-def num_rows(workdir) -> int:
-  path = workdir / "metrics.jsonl"
-  return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def stop_by_sigterm(workdir, compile_cache):
-  process = start_and_wait(workdir, compile_cache, lambda: num_rows(workdir) >= 7, run__checkpoint_every_steps=1000)
-  process.send_signal(signal.SIGTERM)
-  code, stderr = runs.finish(process)
-  assert code == 143, stderr
-  [step] = runs.checkpoints(workdir)
-  assert f"stopped and saved at step {step}" in stderr
-  assert step == runs.rows(workdir)[-1]["step"]  # the step that was under way, not one more
-
-
-def kill_at_a_random_step(workdir, compile_cache):
-  target = num_rows(workdir) + random.Random(0).randint(3, 15)
-  process = start_and_wait(workdir, compile_cache, lambda: num_rows(workdir) >= target)
-  process.kill()
-  assert runs.finish(process)[0] == -signal.SIGKILL
-
-
-def kill_in_the_middle_of_a_save(workdir, compile_cache) -> bool:
-  """True where the kill came before the save was complete."""
-  unfinished = lambda: [*(workdir / "checkpoints").glob("*.orbax-checkpoint-tmp")]  # noqa: E731
-  process = start_and_wait(workdir, compile_cache, lambda: num_rows(workdir) >= 35 and unfinished())
-  process.kill()
-  assert runs.finish(process)[0] == -signal.SIGKILL
-  return bool(unfinished())
-
-
-def finish_and_compare(workdir, compile_cache, reference):
-  code, stderr = runs.finish(runs.start(runs.options(workdir, **LONG), compile_cache))
-  assert code == 0, stderr
-  assert "resuming at step" in stderr
-  assert runs.rows(workdir) == runs.rows(reference)  # none twice, none missing, none half
-  assert runs.summary(workdir)["params_sha256"] == runs.summary(reference)["params_sha256"]
-  assert not [*(workdir / "checkpoints").glob("*.orbax-checkpoint-tmp")]
-
-
-@pytest.mark.slow
-def test_sigterm_then_kill_then_kill_in_a_save(tmp_path, compile_cache, reference):
-  stop_by_sigterm(tmp_path, compile_cache)
-  kill_at_a_random_step(tmp_path, compile_cache)
-  kill_in_the_middle_of_a_save(tmp_path, compile_cache)
-  finish_and_compare(tmp_path, compile_cache, reference)
-  code, stderr = runs.finish(runs.start(runs.options(tmp_path, **LONG), compile_cache))
-  assert code == 0
-  assert "is complete" in stderr
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_many_kills_in_the_middle_of_a_save(tmp_path, compile_cache, reference):
-  hits = [kill_in_the_middle_of_a_save(tmp_path, compile_cache) for _ in range(6)]
-  assert any(hits)
-  finish_and_compare(tmp_path, compile_cache, reference)

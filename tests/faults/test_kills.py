@@ -37,12 +37,16 @@ def test_kills_at_random_moments(tmp_path, compile_cache, reference, outcome):
     while (code := run_for(moments.uniform(0, span), workdir, compile_cache)) != 0 and killed < NUM_KILLS:
       assert code == -signal.SIGKILL
       killed += 1
-    code, stderr = runs.finish(runs.start(runs.options(workdir, **SETTINGS), compile_cache))
-    assert code == 0, stderr
-    assert runs.rows(workdir) == runs.rows(expected)
-    assert runs.summary(workdir)["params_sha256"] == runs.summary(expected)["params_sha256"]
-    assert not [*(workdir / "checkpoints").glob("*.orbax-checkpoint-tmp")]
+    finish_and_compare(workdir, compile_cache, expected)
   outcome(f"same params_sha256 of {number} runs, killed {killed} times")
+
+
+def finish_and_compare(workdir, compile_cache, expected) -> None:
+  code, stderr = runs.finish(runs.start(runs.options(workdir, **SETTINGS), compile_cache))
+  assert code == 0, stderr
+  assert runs.rows(workdir) == runs.rows(expected)  # none twice, none missing, none half
+  assert runs.summary(workdir)["params_sha256"] == runs.summary(expected)["params_sha256"]
+  assert not [*(workdir / "checkpoints").glob("*.orbax-checkpoint-tmp")]
 
 
 def run_for(seconds: float, workdir, compile_cache) -> int:
@@ -54,6 +58,24 @@ def run_for(seconds: float, workdir, compile_cache) -> int:
     process.kill()
     process.communicate()
   return process.returncode
+
+
+@pytest.mark.slow
+@pytest.mark.fault("kill -9", "in the middle of a save")
+def test_kills_in_the_middle_of_a_save(tmp_path, compile_cache, reference, outcome):
+  hits = 0
+  for number in range(9):
+    workdir = tmp_path / str(number)
+    process = runs.start(runs.options(workdir, **SETTINGS), compile_cache)
+    runs.wait_until(lambda folder=workdir / "checkpoints": [*folder.glob("*.orbax-checkpoint-tmp")], process)
+    process.kill()
+    assert runs.finish(process)[0] == -signal.SIGKILL
+    hits += bool([*(workdir / "checkpoints").glob("*.orbax-checkpoint-tmp")])
+    finish_and_compare(workdir, compile_cache, reference[0])
+    if hits == NUM_KILLS // 2:
+      break
+  assert hits
+  outcome(f"same params_sha256, {hits} of {number + 1} kills before the save was complete")
 
 
 # ------------------------------------------------------------ several processes
