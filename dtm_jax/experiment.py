@@ -18,12 +18,14 @@ from jax.sharding import Mesh
 
 from dtm_jax import compile_cache, distributed, loop, metrics, sharding
 from dtm_jax import workdir as workdirs
+from dtm_jax.axes import TENSOR
 from dtm_jax.checkpoint import BEST_FOLDER, CheckpointStore, saved_steps
 from dtm_jax.config import Config, DataConfig, to_json
 from dtm_jax.data.pipeline import BadImageMonitor, Batch, eval_batches, train_batches
 from dtm_jax.data.sources import Source, open_source
 from dtm_jax.data.transforms import RESAMPLER
 from dtm_jax.errors import InputError, StoppedError
+from dtm_jax.models.variants import VARIANTS
 from dtm_jax.networks import init_params
 from dtm_jax.optim import Schedule, create_optimizer, warmup_cosine
 from dtm_jax.restore import abstract_state
@@ -71,6 +73,7 @@ def open_setup(
   mesh = sharding.create_mesh(config.mesh, devices)
   if config.model.attention == "cudnn" and mesh.devices.flat[0].platform != "gpu":
     raise InputError("config.model.attention='cudnn' needs a GPU; choose 'xla' or 'matmul'")
+  _check_heads(config, mesh)
   micro_batch = config.data.batch_size // config.optim.accumulate_steps
   sharding.check_batch_size(micro_batch, mesh, "config.data.batch_size / config.optim.accumulate_steps")
   sharding.check_batch_size(config.eval.batch_size, mesh, "config.eval.batch_size")
@@ -80,6 +83,16 @@ def open_setup(
   schedule = warmup_cosine(config.peak_lr, config.optim.min_lr, warmup_steps, total_steps)
   optimizer = create_optimizer(config.optim, schedule)
   return Setup(config, mesh, train_source, eval_source, optimizer, schedule, total_steps)
+
+
+def _check_heads(config: Config, mesh: Mesh) -> None:
+  """Warns of devices that share everything but the work."""
+  heads, tensor = VARIANTS[config.model.variant].heads, mesh.shape[TENSOR]
+  if heads % tensor:
+    logging.warning(
+      "config.mesh.tensor=%d does not divide the %d heads of ViT-%s: every device computes the attention of all",
+      *(tensor, heads, config.model.variant),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from test_collectives import collectives
 
 from configs import finetune_quickstart, quickstart
 from dtm_jax import config as config_lib
-from dtm_jax import finetuning, pretraining, sharding
+from dtm_jax import experiment, finetuning, pretraining, sharding
 from dtm_jax.axes import BATCH, HEADS, MESH_AXES, MLP
 from dtm_jax.checkpoint import CheckpointStore
 from dtm_jax.config import MeshConfig, OptimConfig
@@ -419,3 +419,12 @@ def test_a_checkpoint_goes_on_in_another_layout(tmp_path, layouts):
 if __name__ == "__main__":
   for kind in ("student", "classifier", "clip_vision"):
     (GOLDEN / f"shardings_{kind}.txt").write_text(table(kind))
+
+
+@pytest.mark.parametrize(("tensor", "lines"), [(1, 0), (2, 1)])
+def test_attention_that_tensor_does_not_share_is_told(caplog, tensor, lines):
+  settings = quickstart.get_config("smoke")  # three heads
+  settings.mesh.tensor = tensor
+  experiment.open_setup(config_lib.resolve(settings))
+  told = [record.getMessage() for record in caplog.records if "heads of ViT-tiny" in record.getMessage()]
+  assert len(told) == lines
