@@ -6,8 +6,9 @@ Each run is started by `launch/local.sh`: one process with so many devices, and 
 turns. A figure is the median over the logs of a run, without the first, which has the compilation. The target is 0.9 of
 one process's images per second. On GPUs one process alone would have one of them: run it on CPUs.
 
-Processes on CPUs exchange gradients by Gloo, array by array, and its thread spins where the other process is ahead. That
-costs the same in every step, however many images it has: the quickstart's small steps show it, and larger ones do not.
+Processes on CPUs exchange gradients by Gloo, array by array, and its thread spins where the other process is ahead.
+That costs the same in every step, however many images it has: the quickstart's small steps show it, and larger ones
+do not.
 """
 
 import functools

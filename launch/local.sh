@@ -4,7 +4,8 @@
 #   launch/local.sh N ARGS...          python -m dtm_jax.main ARGS... in N processes
 #   DEVICES_PER_PROCESS=4 launch/local.sh 2 --config=configs/quickstart.py
 #
-# With NVIDIA GPUs each process has one of its own; DEVICES_PER_PROCESS (1) is for CPUs. PYTHON is the interpreter.
+# With NVIDIA GPUs each of several processes has one of its own, and a single one has them all; DEVICES_PER_PROCESS (1)
+# is for CPUs. PYTHON is the interpreter.
 # Prints what process 0 says, and errors of the others behind their number. SIGTERM and Ctrl-C reach all of them.
 # Exit code: 0 where all have it; else the first of 2, 3 and 143 that a process ends with, or the first other one.
 set -u
