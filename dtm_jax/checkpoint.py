@@ -1,6 +1,7 @@
 """Saving and restoring the train state with orbax: asynchronous, atomic, and checked against what was saved."""
 
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -45,9 +46,16 @@ class CheckpointStore:
   """
 
   def __init__(self, workdir: pathlib.Path, *, keep: int | None = None, folder: str = FOLDER):
-    self._folder, self._is_saving = workdir.resolve() / folder, False
+    self._workdir, self._folder, self._is_saving = workdir, workdir.resolve() / folder, False
     writes = keep is not None  # what looks unfinished may be the work of a run that goes on
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=writes, cleanup_tmp_directories=writes)
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep,
+      create=writes,
+      cleanup_tmp_directories=writes,
+      save_root_metadata=False,  # processes would meet, also where one of them does not find its folder
+      # Where processes meet, two stores are two places.
+      multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=folder),
+    )
     try:
       if writes:  # of several processes each: what the others make may be seen late
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -62,16 +70,17 @@ class CheckpointStore:
     return self._manager.latest_step()
 
   def save(self, state: TrainState) -> None:
-    """Starts saving, unless this step is there already.
+    """Starts saving, unless this step is there already, or a later one.
 
     Raises:
       InputError: this save or the one before failed (disk full, no permission).
     """
-    step = int(state.step)
-    if step == self.latest_step():
+    step, latest = int(state.step), distributed.from_first(self.latest_step)
+    if latest is not None and latest >= step:
       return
-    metadata = {_CHECKSUM: int(_checksum(state))}
-    self._checked(lambda: self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=metadata))
+    # By force: each process would ask its own view of the folder.
+    options = {"custom_metadata": {_CHECKSUM: int(_checksum(state))}, "force": True}
+    self._checked(lambda: self._manager.save(step, args=ocp.args.StandardSave(state), **options))
     self._is_saving = True
 
   def check(self) -> None:
@@ -178,6 +187,14 @@ class CheckpointStore:
       what = problem.removesuffix(_MOVE_AWAY)
       logging.warning("%s; it is moved to %s, and training goes on from %s", what, place, self._folder / str(good))
     if problems:
+      self._reload()
+
+  def _reload(self) -> None:
+    """Looks again, until all processes see the same: network file systems remember for a while what was there."""
+    self._manager.reload()
+    steps, end = distributed.from_first(self._manager.all_steps), time.monotonic() + distributed.SHARED_FOLDER_SECONDS
+    while self._manager.all_steps() != steps and time.monotonic() < end:
+      time.sleep(0.1)
       self._manager.reload()
 
   def _moved_aside(self, step: int) -> pathlib.Path:
@@ -197,9 +214,11 @@ class CheckpointStore:
     # Orbax passes on whatever its writers raise: OSError, ValueError from
     # tensorstore, RuntimeError from the background thread.
     except (OSError, ValueError, RuntimeError) as error:
+      if distributed.is_loss(error):
+        raise
       raise InputError(
         f"saving to {self._folder} failed ({_brief(error)}); make room or choose another --workdir, then run"
-        f" the same command: it goes on from step {self.latest_step() or 0}"
+        f" the same command: it goes on from step {max(saved_steps(self._workdir), default=0)}"
       ) from error
 
 

@@ -45,7 +45,7 @@ _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _SAME_START = "give every process the same command, code, packages and files"
 _REMEDY = f"set {', '.join(_VARIABLES)} for every process, or none of them"
 # In the message of a collective operation or a meeting that another process has not come to.
-_SIGNS_OF_LOSS = ("Gloo", "NCCL", "CoordinationService", "coordination_service")
+_SIGNS_OF_LOSS = ("gloo", "nccl", "coordinationservice", "coordination_service", "barrier")
 
 _PREEMPTION_NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # jax's name for it in the key-value store
 
@@ -340,7 +340,7 @@ def ending_at_once(*shared: type[Exception]) -> Iterator[None]:
 
 def tell(error: Exception) -> int:
   """Says why one of several processes ends; returns its exit code."""
-  if any(sign in str(error) for sign in _SIGNS_OF_LOSS):
+  if is_loss(error):
     return console.fail(
       f"another process has ended or cannot be reached ({_first_line(error)}); see its messages, then start all of"
       " them again: they go on from the last checkpoint",
@@ -350,6 +350,15 @@ def tell(error: Exception) -> int:
   if code is None:
     traceback.print_exception(error)
   return console.EXIT_FAILED if code is None else code
+
+
+def is_loss(error: BaseException | None) -> bool:
+  """Whether an error, or what has caused it, tells that another process has not come."""
+  while error is not None:
+    if any(sign in str(error).lower() for sign in _SIGNS_OF_LOSS):
+      return True
+    error = error.__cause__
+  return False
 
 
 def leave(code: int) -> NoReturn:

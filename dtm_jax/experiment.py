@@ -329,6 +329,12 @@ class _Session:
       new = monitor.take_new()
       self.writer.write(step, values | {"bad_images": monitor.count} | ({"bad_indices": new} if new else {}))
 
+    def save(state: TrainState) -> None:
+      observe()
+      if new := monitor.take_new():  # which nobody would log any more where the run ends here
+        self.writer.write(int(state.step), {"bad_indices": new})
+      self.store.save(state)
+
     def stop_requested() -> bool:
       self.store.check()
       return self.stop_requested()
@@ -342,7 +348,7 @@ class _Session:
       save_every=config.run.checkpoint_every_steps,
       evaluate_every=parts.evaluate_every,
       log=log,
-      save=self.store.save,
+      save=save,
       evaluate=self.evaluate,
       stop_requested=stop_requested,
     )

@@ -32,12 +32,20 @@ def replacing(path: pathlib.Path, remedy: str = "make room or choose another pla
       for file in unfinished.iterdir():
         file.replace(place / file.name)
     else:
+      _to_disk(unfinished)
       unfinished.replace(place)
   except OSError as error:
     raise InputError(f"cannot write {path} ({error.strerror or error}); {remedy}") from error
   finally:
     with contextlib.suppress(OSError):  # what went wrong is told already
       _remove(unfinished)
+
+
+def _to_disk(path: pathlib.Path) -> None:
+  """Else a power cut could leave the new name without its content."""
+  if path.is_file():
+    with path.open("rb") as file:
+      os.fsync(file.fileno())
 
 
 def _place(path: pathlib.Path) -> pathlib.Path:

@@ -1,11 +1,13 @@
 """What a run writes down while it goes: `metrics.jsonl` and TensorBoard."""
 
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dtm_jax import distributed
+from dtm_jax.errors import InputError
 
 FILE = "metrics.jsonl"
 
@@ -49,6 +51,8 @@ class MetricWriter:
       return
     with self._path.open("a") as file:
       file.write(json.dumps(row) + "\n")
+      file.flush()
+      os.fsync(file.fileno())  # a batch that is skipped is known from here only
     for name, value in values.items():
       if isinstance(value, (int, float)):
         self._tensorboard.add_scalar(name, value, step)
@@ -75,11 +79,19 @@ class MetricWriter:
 
 
 def read_rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """All complete rows of a work folder's `metrics.jsonl`."""
+  """All complete rows of a work folder's `metrics.jsonl`. Raises InputError where one cannot be read."""
   path = workdir / FILE
   if not path.exists():
     return []
-  return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+  lines = path.read_text(errors="replace").splitlines(keepends=True)
+  return [_read_row(path, number, line) for number, line in enumerate(lines, 1) if line.endswith("\n")]
+
+
+def _read_row(path: pathlib.Path, number: int, line: str) -> dict[str, Any]:
+  try:
+    return json.loads(line)
+  except ValueError as error:
+    raise InputError(f"line {number} of {path} is damaged; remove it, or choose another --workdir") from error
 
 
 def _cut_half_line(path: pathlib.Path) -> None:

@@ -59,14 +59,14 @@ def in_time(stop_requested: Callable[[], bool], newest_step: Callable[[], int]) 
 
   def watch() -> None:
     is_alone = distributed.count() == 1  # else another may have made the first step
-    is_last = distributed.is_first() and not is_alone
+    leaves_last = distributed.is_first() and not is_alone
     wait_for_signal()
     if is_alone and not is_heard.wait(_NOTHING_LOST_SECONDS) and not _has_progress.is_set():
-      _leave("asked to stop before the first step was made; nothing is lost")
-    if not is_heard.wait(GRACE_SECONDS + is_last * _FIRST_LAST_SECONDS):
+      _leave("asked to stop before there was anything to save")
+    if not is_heard.wait(GRACE_SECONDS + leaves_last * _FIRST_LAST_SECONDS):
       _leave(f"asked to stop, and could not save for {GRACE_SECONDS} s; the newest checkpoint is {newest_step()}")
 
-  with _signals(is_heard) as wait_for_signal:
+  with _arrival(is_heard) as wait_for_signal:
     threading.Thread(target=watch, daemon=True).start()
     try:
       yield ask
@@ -75,8 +75,8 @@ def in_time(stop_requested: Callable[[], bool], newest_step: Callable[[], int]) 
 
 
 @contextlib.contextmanager
-def _signals(is_over: threading.Event) -> Iterator[Callable[[], None]]:
-  """A function that waits for SIGTERM, of several processes to any of them, or SIGINT."""
+def _arrival(is_over: threading.Event) -> Iterator[Callable[[], None]]:
+  """A function that waits until there is SIGTERM, of several processes to any of them, or SIGINT."""
   if distributed.count() > 1:  # jax listens, and not by Python
     yield lambda: _poll(distributed.is_preempted, is_over)
     return

@@ -36,7 +36,11 @@ def end_all() -> None:
     process = _started.pop()
     if process.poll() is None:
       process.terminate()
-      process.communicate()
+      try:
+        process.communicate(timeout=90)
+      except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
 
 
 def start(arguments: list[str], cache: pathlib.Path | None, *, devices: int = 1, prefix: tuple[str, ...] = ()):

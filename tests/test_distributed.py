@@ -322,6 +322,19 @@ def test_two_processes_evaluate_as_one(four, tmp_path, images, compile_cache):
 
 
 @pytest.mark.slow
+def test_two_processes_fine_tune_as_one(tmp_path, images, compile_cache):
+  """With the best checkpoint, which is saved while the newest one is still being written."""
+  folders = {count: tmp_path / str(count) for count in (1, 2)}
+  config = f"--config={runs.ROOT}/configs/finetune_quickstart.py:smoke"
+  often = {"finetune__init": "", "run__steps": 4, "run__checkpoint_every_steps": 1, "eval__every_epochs": 0.2}
+  for count, workdir in folders.items():
+    train(count, 2 // count, [config, *options(workdir, images, **often)[1:]], compile_cache)
+    assert [row["step"] for row in runs.rows(workdir) if "top1" in row] == [1, 2, 3, 4]
+    assert [path.name for path in (workdir / "best").iterdir()]
+  assert_same_rows(folders[2], folders[1], rtol=1e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("count", "devices", "mesh"),
   [pytest.param(2, 4, {}, marks=pytest.mark.long), (2, 2, {"mesh__fsdp": 2, "mesh__tensor": 2})],

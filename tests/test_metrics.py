@@ -20,3 +20,9 @@ def test_the_best_is_the_first_of_the_highest_up_to_a_step(writer):
   assert writer.best(names, until=5) == (2, "ema_top1", 0.6)
   assert writer.best(names, until=6) == (6, "top1", 0.7)
   assert writer.best(("ema_top1",), until=8) == (2, "ema_top1", 0.6)
+
+
+def test_a_damaged_line_is_named(tmp_path):
+  (tmp_path / metrics.FILE).write_bytes(b'{"step": 1}\n\0\0\0\n{"step": 3}\n')
+  with pytest.raises(InputError, match="line 2 of .*metrics.jsonl is damaged"):
+    metrics.read_rows(tmp_path)

@@ -18,9 +18,9 @@ from absl import logging
 
 from dtm_jax import console, signals
 from dtm_jax import workdir as workdirs
+from dtm_jax.console import EXIT_INPUT, EXIT_SIGNAL
 from dtm_jax.data.sources import open_source
 from dtm_jax.errors import InputError
-from dtm_jax.main import EXIT_INPUT, EXIT_SIGNAL
 from dtm_jax.study import pictures, results
 from dtm_jax.study.plan import Study, read_study
 from dtm_jax.study.runner import Runner, find_slots, locked

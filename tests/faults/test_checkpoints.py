@@ -174,13 +174,19 @@ def small_files(size: int):
 @pytest.mark.fault("disk full in a save in the background", "between saves")
 def test_a_failed_save_is_noticed_before_the_next(tmp_path, outcome):
   with contextlib.closing(CheckpointStore(tmp_path, keep=3)) as store:
-    with small_files(2**14), pytest.raises(InputError, match=f"saving to {tmp_path}/checkpoints failed") as told:
-      store.save(new_state(1))
+    store.save(new_state(1))  # compiles, too, for which there is no limit
+    store.wait()
+    state = new_state(2)
+    with (
+      small_files(2**14),
+      pytest.raises(InputError, match=f"saving to {tmp_path}/checkpoints failed.*from step 1") as told,
+    ):
+      store.save(state)
       for _ in range(1000):
         store.check()
         time.sleep(0.02)
     assert "check" in {entry.name for entry in told.traceback}
-  assert not runs.checkpoints(tmp_path)
+  assert runs.checkpoints(tmp_path) == [1]
   outcome("told when it is asked before the next step")
 
 

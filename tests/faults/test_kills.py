@@ -72,7 +72,7 @@ def test_kills_in_the_middle_of_a_save(tmp_path, compile_cache, reference, outco
     assert runs.finish(process)[0] == -signal.SIGKILL
     hits += bool([*(workdir / "checkpoints").glob("*.orbax-checkpoint-tmp")])
     finish_and_compare(workdir, compile_cache, reference[0])
-    if hits == NUM_KILLS // 2:
+    if hits >= max(1, NUM_KILLS // 2):
       break
   assert hits
   outcome(f"same params_sha256, {hits} of {number + 1} kills before the save was complete")
