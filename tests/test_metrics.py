@@ -4,6 +4,8 @@ import contextlib
 
 import pytest
 
+from dtm_jax import metrics
+from dtm_jax.errors import InputError
 from dtm_jax.metrics import MetricWriter
 
 
