@@ -354,8 +354,9 @@ def tell(error: Exception) -> int:
 
 def is_loss(error: BaseException | None) -> bool:
   """Whether an error, or what has caused it, tells that another process has not come."""
-  while error is not None:
-    if any(sign in str(error).lower() for sign in _SIGNS_OF_LOSS):
+  while error is not None and count() > 1:
+    # Our own name files and folders, which may be called anything.
+    if not isinstance(error, InputError) and any(sign in str(error).lower() for sign in _SIGNS_OF_LOSS):
       return True
     error = error.__cause__
   return False
