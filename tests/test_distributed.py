@@ -196,6 +196,23 @@ def test_the_others_are_silent(monkeypatch, capsys):
   assert capsys.readouterr().err == "error in process 1: no data\n"
 
 
+@pytest.mark.parametrize(
+  ("error", "count", "expected"),
+  [
+    (RuntimeError("Gloo all-reduce failed: Connection closed by peer"), 2, True),
+    (TimeoutError("Timed out while waiting for async_write_complete barrier."), 2, True),
+    (TimeoutError("Timed out while waiting for async_write_complete barrier."), 1, False),
+    (OSError(28, "No space left on device"), 2, False),
+    (InputError("cannot write /data/barrier/summary.json"), 2, False),
+  ],
+)
+def test_a_process_that_is_lost_is_told_from_other_errors(monkeypatch, error, count, expected):
+  monkeypatch.setattr(distributed, "count", lambda: count)
+  wrapped = ValueError("orbax says so")
+  wrapped.__cause__ = error
+  assert [distributed.is_loss(error), distributed.is_loss(wrapped)] == [expected, expected]
+
+
 # ------------------------------------------------------------ what they compute
 
 
