@@ -9,6 +9,10 @@ instead of from scratch: --config.finetune.init=RUN.
 
 Hardware and hours: 5 minutes on two CPU cores. Top-1 expected: 87.1 % for seed 0, after the passes 68.9, 77.1, 77.8,
 81.4, 83.3, 84.7, 86.5, 86.9 and 87.1; averaged weights 87.0.
+
+With 49 tokens and twenty passes (--config.model.patch_size=4 --config.run.epochs=20): 90.9 % for seed 0, averaged
+weights 90.9, over 90 from the 16th pass on; 51 minutes on two CPU cores that had other work, too (half as long on 770
+images/s, which they made undisturbed).
 """
 
 from ml_collections import ConfigDict
