@@ -91,9 +91,12 @@ def volumes(point: Point) -> dict[str, float]:
 
 
 def agreed_volumes(points: list[Point]) -> dict[tuple[str, str, str], dict[str, float]]:
-  """V by (backend, variant, layout), of the largest slice; ends the script where slices disagree."""
+  """V by (backend, variant, layout), of the largest slice; ends the script where slices disagree.
+
+  Steps with morphing go first: they sum one number more.
+  """
   agreed = {}
-  for point in sorted(points, key=lambda point: -point["devices"]):
+  for point in sorted(points, key=lambda point: (not point["morphing"], -point["devices"])):
     key, found = (backend(point), point["variant"], point["layout"]), volumes(point)
     first = agreed.setdefault(key, found)
     for operation in first | found:
