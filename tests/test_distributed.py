@@ -314,6 +314,7 @@ def four(tmp_path_factory, images, compile_cache):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_four_processes_compute_what_one_does(four):
   assert_same_rows(four[4], four[1], rtol=1e-6)
   assert [row["step"] for row in runs.rows(four[1]) if "knn_top1" in row] == [0, NUM_STEPS]
