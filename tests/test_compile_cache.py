@@ -16,7 +16,7 @@ from dtm_jax import compile_cache
 @pytest.fixture
 def said(caplog):
   """What the package logs."""
-  caplog.set_level(logging.INFO)
+  caplog.set_level(logging.INFO, logger="absl")  # whose own level other tests may have left high
   return lambda: [record.getMessage() for record in caplog.records if record.pathname.endswith("compile_cache.py")]
 
 

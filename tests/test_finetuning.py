@@ -211,14 +211,14 @@ def test_other_classes_get_a_new_head_and_that_is_said(finetuned, caplog):
   classifier = restore.restore_run(finetuned)
   config = settings()
   model = finetuning.build(config).model.clone(num_classes=5)
-  with caplog.at_level(logging.INFO):
+  with caplog.at_level(logging.INFO, logger="absl"):
     params = finetuning.transfer(classifier, config, model)
   assert_same(params, with_new_head(classifier.params, 5, seed=0))
   assert "new head: its 8 classes are not the data's 5" in caplog.text
 
 
 def test_larger_images_resize_the_tables(pretrained, caplog):
-  with caplog.at_level(logging.INFO):
+  with caplog.at_level(logging.INFO, logger="absl"):
     params, _, parts = begun(pretrained, data__image_size=24)
   assert "bias tables resized from 4 x 4 to 6 x 6 patches" in caplog.text
   student = restore.restore_run(pretrained)
