@@ -4,8 +4,8 @@
 
 Both are real runs of ViT-S/16 at 224 pixels from the same folder, by turns, each with its own recipe: fine-tuning's has
 RandAugment. A figure is the median over the steps of a run but the first, which has the compilation. On CPUs the data
-workers share the cores with the steps. Fine-tuning's steps have no teacher and are shorter: where it waits as long for an
-image, that is a greater share of the time.
+workers share the cores with the steps. Fine-tuning's steps have no teacher and are shorter: where it waits as long for
+an image, that is a greater share of the time.
 """
 
 import json
