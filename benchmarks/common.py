@@ -7,6 +7,7 @@ rounds, each of which compares neighbours in time.
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -61,21 +62,30 @@ def random_clip(folder: pathlib.Path) -> pathlib.Path:
   return folder / "model.safetensors"
 
 
-def alternate(runs: Mapping[str, Callable[[int], Any]], rounds: int) -> dict[str, list[float]]:
-  """Seconds that each run took in each round, after a round that is not counted.
+def in_turns(runs: Mapping[str, Callable[[int], Any]], rounds: int) -> dict[str, list[Any]]:
+  """What each run returned in each round, after a round that is not counted.
 
   Args:
-    runs: in turn, and back; called with the number of the round, from 0 (not counted). Each waits for its own result.
+    runs: in turn, and back; called with the number of the round, from 0 (not counted).
     rounds: that count.
   """
-  seconds = {name: [] for name in runs}
+  returned = {name: [] for name in runs}
   for i in range(rounds + 1):
     # Every other round backwards: what a run leaves in the caches and in memory favours no one.
     for name, run in list(runs.items())[:: 1 if i % 2 else -1]:
-      start = time.perf_counter()
-      run(i)
-      seconds[name].append(time.perf_counter() - start)
-  return {name: times[1:] for name, times in seconds.items()}
+      returned[name].append(run(i))
+  return {name: values[1:] for name, values in returned.items()}
+
+
+def alternate(runs: Mapping[str, Callable[[int], Any]], rounds: int) -> dict[str, list[float]]:
+  """Seconds that each run took in each round, see `in_turns`. Each waits for its own result."""
+  return in_turns({name: functools.partial(_seconds, run) for name, run in runs.items()}, rounds)
+
+
+def _seconds(run: Callable[[int], Any], i: int) -> float:
+  start = time.perf_counter()
+  run(i)
+  return time.perf_counter() - start
 
 
 def median_ratio(times: Sequence[float], reference: Sequence[float]) -> float:

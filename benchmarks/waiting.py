@@ -18,7 +18,7 @@ import tempfile
 from typing import Any
 
 import jax
-from common import ROOT, argument_parser, random_clip, report, run_options, warn_if_busy, write_json
+from common import ROOT, argument_parser, in_turns, random_clip, report, run_options, warn_if_busy, write_json
 from host_pipeline import make_jpegs
 
 NUM_CLASSES, COPIES = 4, 8
@@ -51,19 +51,17 @@ def main() -> None:
   parser.add_argument("--steps", type=int, default=6, help="of a run (%(default)s)")
   options = parser.parse_args()
   warn_if_busy()
-  runs = {name: [] for name in PAGES}
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     write_images(folder / "images")
     settings = {"data.source": "folder", "data.path": folder / "images", "data.batch_size": options.batch}
     settings |= {"run.steps": options.steps, "run.log_every_steps": 1}
     own = {"pre-training": {"teacher.weights": random_clip(folder / "clip")}, "fine-tuning": {"eval.every_epochs": 1e9}}
-    for i in range(options.rounds + 1):  # the first is not counted
-      for name in list(PAGES)[:: 1 if i % 2 else -1]:
-        runs[name].append(train(PAGES[name], settings | own[name], folder))
+    runs = {name: lambda _, name=name: train(PAGES[name], settings | own[name], folder) for name in PAGES}
+    results = in_turns(runs, options.rounds)
   rows = [
-    {"task": name, **{key: statistics.median(run[key] for run in results[1:]) for key in results[0]}}
-    for name, results in runs.items()
+    {"task": name, **{key: statistics.median(run[key] for run in found) for key in found[0]}}
+    for name, found in results.items()
   ]
   columns = {"task": ("task", ""), "images/s": ("images_per_second", ".2f"), "waiting, %": ("percent_waiting", ".2f")}
   report(rows, columns)
