@@ -14,15 +14,13 @@ step. The teachers leave room above themselves: none has seen all labels, and th
 
 Scales:
 
-  ci      49 tokens, few steps: to see that everything runs. 14 runs, three minutes on two CPU cores
-  cpu     196 tokens as in the paper, raw HOG. 36 runs, an hour or two on two CPU cores: see docs/study.md
-  cpu-49  49 tokens, two trained teachers. 64 runs, about as long. Not run to the end
-  gpu     196 tokens, all arms and teachers, ViT-S in bfloat16. Not run
+  ci     49 tokens, few steps: to see that everything runs. 14 runs, two minutes on two CPU cores
+  cpu    196 tokens as in the paper, raw HOG. 36 runs, about an hour on two CPU cores
+  arms   49 tokens, all arms, the classifier of 2,000 images. 65 runs, about an hour
+  noisy  49 tokens, raw HOG of images with sensor noise, which benchmarks/noisy_images.py makes. 27 runs, 25 minutes
+  gpu    196 tokens, all arms and teachers, ViT-S in bfloat16. Not run
 
-The hour of `cpu`: two cores pre-train the tiny student on about 130 images/s with 196 tokens (600 with 49), and see
-three times as many without training; a run takes 15 s to start. For each seed: two pre-trainings of 500 x 64 images,
-with four k-NN accuracies of 7,000 images each (660 s), three evaluations of 7,000 (130 s), three fine-tunings on few
-labels of 100 x 64 (220 s) and three on all of 150 x 64 (290 s): 1,300 s, or 65 minutes for three seeds.
+docs/study.md has what was found.
 
 `SCALE/RUN` is one of the study's runs, for `dtm_jax.main`; without, the page is gpu's DTM run.
 """
@@ -33,10 +31,13 @@ from ml_collections import ConfigDict
 
 from dtm_jax import config as config_lib
 
-DATA_HINT = (
-  "Fashion-MNIST is made by: apt-get install dataset-fashion-mnist;"
-  " python -m dtm_jax.data.prepare /usr/share/datasets/fashion-mnist --name=fashion_mnist --out=data"
-)
+SOURCE = "/usr/share/datasets/fashion-mnist"
+DATA_HINTS = {
+  "fashion_mnist": "Fashion-MNIST is made by: apt-get install dataset-fashion-mnist;"
+  f" python -m dtm_jax.data.prepare {SOURCE} --name=fashion_mnist --out=data",
+  "fashion_mnist_noisy": f"The noisy images are made by: python benchmarks/noisy_images.py {SOURCE} noisy;"
+  " python -m dtm_jax.data.prepare noisy --name=fashion_mnist_noisy --out=data",
+}
 BASELINE = "token-wise"
 SIZE = 28  # pixels
 
@@ -44,6 +45,7 @@ SIZE = 28  # pixels
 class Scale(NamedTuple):
   """How much of the study; all steps are optimiser steps of `batch_size` images."""
 
+  data: str
   seeds: tuple[int, ...]
   teachers: tuple[str, ...]
   arms: tuple[str, ...]
@@ -63,6 +65,7 @@ class Scale(NamedTuple):
 
 
 CPU = Scale(
+  data="fashion_mnist",
   seeds=(0, 1, 2),
   teachers=("raw-hog",),
   arms=("none", "token-wise", "dtm"),
@@ -80,6 +83,8 @@ CPU = Scale(
   test_images=3000,
   num_workers=0,
 )
+CPU_49 = CPU._replace(patch_size=4, labels={"600-labels": 200, "all-labels": 300}, steps=600)
+ALL_ARMS = ("none", "token-wise", "dtm", "fixed-n", "fixed-k", "per-image", "random-split")
 SCALES = {
   "ci": CPU._replace(
     seeds=(0, 1),
@@ -94,17 +99,13 @@ SCALES = {
     test_images=500,
   ),
   "cpu": CPU,
-  "cpu-49": CPU._replace(
-    teachers=("hog-student", "2000-labels"),
-    labels={"600-labels": 200, "all-labels": 600},
-    patch_size=4,
-    steps=1000,
-    curve_points=4,
-  ),
+  "arms": CPU_49._replace(teachers=("2000-labels",), arms=ALL_ARMS),
+  "noisy": CPU_49._replace(data="fashion_mnist_noisy"),
   "gpu": Scale(
+    data="fashion_mnist",
     seeds=(0, 1, 2),
     teachers=("raw-hog", "hog-student", "2000-labels"),
-    arms=("none", "token-wise", "dtm", "fixed-n", "fixed-k", "per-image", "random-split"),
+    arms=ALL_ARMS,
     labels={"600-labels": 200, "all-labels": 2400},
     variant="S",
     dtype="bfloat16",
@@ -148,7 +149,7 @@ def get_config(form: str = "") -> ConfigDict:
 
 def plan(scale: Scale) -> ConfigDict:
   """What `dtm_jax.study` reads: see `dtm_jax/study/plan.py`."""
-  study = ConfigDict({"baseline": BASELINE, "data_hint": DATA_HINT})
+  study = ConfigDict({"baseline": BASELINE, "data_hint": DATA_HINTS[scale.data]})
   study.update(seeds=scale.seeds, teachers=scale.teachers, labels=(*scale.labels,))
   study.untrained = "none" if "none" in scale.arms else ""
   study.arms = tuple(arm for arm in scale.arms if arm != study.untrained)
@@ -208,7 +209,7 @@ def evaluation(scale: Scale) -> ConfigDict:
 
 def fashion_mnist(config: ConfigDict, scale: Scale) -> ConfigDict:
   """The data, and how much of them is evaluated."""
-  config.data.update(source="tfds", name="fashion_mnist", path="data", eval_split="test", num_workers=scale.num_workers)
+  config.data.update(source="tfds", name=scale.data, path="data", eval_split="test", num_workers=scale.num_workers)
   config.data.update(flip=0.0, eval_crop=1.0)  # all shoes point to the left; the things fill their images
   config.eval.update(max_train_images=scale.train_images, max_test_images=scale.test_images)
   return config

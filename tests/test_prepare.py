@@ -124,6 +124,21 @@ def break_after(monkeypatch, count: int) -> None:
   monkeypatch.setattr(prepare, "_serialize", failing)
 
 
+def test_noisy_images_are_those_images_with_noise(idx_folder, tmp_path):
+  grey = np.full((40, 28, 28), 128, np.uint8)
+  write_idx(idx_folder / "train-images-idx3-ubyte.gz", grey)
+  write_idx(idx_folder / "train-labels-idx1-ubyte.gz", np.arange(40, dtype=np.uint8))
+  script = pathlib.Path(__file__).parents[1] / "benchmarks" / "noisy_images.py"
+  subprocess.run([sys.executable, script, idx_folder, tmp_path / "noisy", "--std=20"], check=True)
+  noisy = prepare.open_raw(tmp_path / "noisy")
+  difference = noisy["train"].images - grey.astype(float)
+  assert abs(difference.mean()) < 0.5 and abs(difference.std() - 20) < 0.5
+  assert len(np.unique(difference.mean(axis=(1, 2)))) > 30  # each image has its own
+  np.testing.assert_array_equal(noisy["train"].labels, np.arange(40))
+  np.testing.assert_array_equal(noisy["test"].labels, idx_arrays("t10k")[1])
+  assert noisy["test"].images.shape == (5, 6, 5)
+
+
 def test_an_interrupted_run_goes_on_where_it_was(idx_folder, tmp_path, monkeypatch):
   out = tmp_path / "out"
   with monkeypatch.context() as patch:

@@ -54,7 +54,7 @@ def shipped(scale: str, folder: pathlib.Path = pathlib.Path("STUDY")) -> Study:
   return read_study(SHIPPED, scale, ["--config.data.path=DATA"], folder)
 
 
-@pytest.mark.parametrize("scale", ["ci", "cpu", "cpu-49", "gpu"])
+@pytest.mark.parametrize("scale", ["ci", "cpu", "arms", "noisy", "gpu"])
 def test_cells_come_after_what_they_need(scale):
   study = shipped(scale)
   names = [cell.name for cell in study.cells]
@@ -64,7 +64,7 @@ def test_cells_come_after_what_they_need(scale):
 
 
 def test_the_cells_of_one_student():
-  cells = {cell.name: cell for cell in shipped("cpu-49").cells}
+  cells = {cell.name: cell for cell in shipped("arms").cells}
   train = cells["2000-labels/dtm/seed1/train"]
   assert train.needs == "2000-labels/teacher/train"
   assert (train.config.run.seed, train.config.teacher.weights) == (1, "STUDY/2000-labels/teacher/train")
@@ -129,12 +129,24 @@ def test_wrong_usage_and_missing_data_are_told_in_one_line(tmp_path, capsys, opt
 
 
 def test_processes_share_the_gpus():
-  assert runner.slots_of([], None) == [{}]
-  assert runner.slots_of([], 2) == [{}, {}]
-  assert runner.slots_of(["0", "3"], None) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "3"}]
-  assert runner.slots_of(["0", "3"], 1) == [{"CUDA_VISIBLE_DEVICES": "0"}]
-  assert [slot["CUDA_VISIBLE_DEVICES"] for slot in runner.slots_of(["0", "3"], 3)] == ["0", "3", "0"]
-  assert runner.slots_of(["0"], 2)[1]["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+  def seen(gpus, jobs):
+    return [slot.environment for slot in runner.gpu_slots(gpus, jobs)]
+
+  assert seen(["0", "3"], None) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "3"}]
+  assert seen(["0", "3"], 1) == [{"CUDA_VISIBLE_DEVICES": "0"}]
+  assert [slot["CUDA_VISIBLE_DEVICES"] for slot in seen(["0", "3"], 3)] == ["0", "3", "0"]
+  assert seen(["0"], 2)[1]["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+
+
+def test_processes_share_the_cores():
+  def cores(of, jobs):
+    return [{*slot.cores} for slot in runner.cpu_slots(of, jobs)]
+
+  assert cores([2, 5], None) == [{2}, {5}]
+  assert cores([0, 1, 2], 1) == [{0, 1, 2}]
+  assert cores([0, 1, 2], 2) == [{0, 2}, {1}]
+  assert cores([4, 6], 3) == [{4}, {6}, {4}]
+  assert len(cores(range(64), None)) == 8 and set().union(*cores(range(64), None)) == {*range(64)}
 
 
 # The table, from summaries made by hand.
@@ -271,6 +283,8 @@ def test_stopped_or_killed_the_same_command_goes_on(page, tmp_path, compile_cach
   process = start_study()
   runs.wait_until(lambda: f"resuming at step {step}" in (workdir / "log.txt").read_text(), process)
   [child] = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+  slots = runner.cpu_slots(sorted(os.sched_getaffinity(0)), None)
+  assert os.sched_getaffinity(int(child)) in [slot.cores for slot in slots]
   process.kill()
   runs.finish(process)
   with pytest.raises(InputError, match="a study is at work in"), runner.locked(folder):  # its cell lives on
@@ -307,7 +321,7 @@ def test_what_begins_from_an_incomplete_cell_is_not_complete(tmp_path):
   found = []
   for cell in (student, teacher):
     mark_done(tmp_path, cell)
-    run = runner.Runner(tmp_path, [{}], 0, stop)
+    run = runner.Runner(tmp_path, [runner.Slot()], 0, stop)
     run.run(cells, on_end=lambda: None)
     found.append(run.done)
   assert found == [set(), {teacher.name, student.name}]

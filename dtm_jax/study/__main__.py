@@ -2,9 +2,9 @@
 
   python -m dtm_jax.study --config=configs/study_fashion_mnist.py --scale=ci [--workdir=runs/study] [--jobs=N]
 
-Every run is one of `dtm_jax.main` in a folder and a process of its own; as many at a time as there are GPUs, or --jobs.
-`--config.path.to.key=value` goes to all of them. Results are in DIR/results.md, results.json and figures, written again
-after every run. The same command goes on where it was stopped or killed.
+Every run is one of `dtm_jax.main` in a folder and a process of its own; as many at a time as there are GPUs, or CPU
+cores (up to 8), or --jobs. `--config.path.to.key=value` goes to all of them. Results are in DIR/results.md, results.json
+and figures, written again after every run. The same command goes on where it was stopped or killed.
 
 Exit codes: 0 done; 1 some runs failed, the others are done; 2 wrong usage, config or data; 143 stopped by a signal,
 after saving.
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--config", default="configs/study_fashion_mnist.py", help="the page of the study")
   parser.add_argument("--scale", default="cpu", help="one of the page's, such as ci, cpu, gpu")
   parser.add_argument("--workdir", type=pathlib.Path, help="folder of the study; runs/study_SCALE")
-  parser.add_argument("--jobs", type=_positive, help="runs at a time; one for each GPU, or one")
+  parser.add_argument("--jobs", type=_positive, help="runs at a time; one for each GPU or CPU core")
   return parser
 
 

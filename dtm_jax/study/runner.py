@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from absl import logging
 
@@ -22,13 +22,27 @@ DONE_FILE = "cell.json"  # the settings of a cell that is complete
 LOG_FILE = "log.txt"
 COMPILED = "compiled"  # programs that cells of one kind share
 _POLL_SECONDS = 0.1
+_MAX_CPU_JOBS = 8  # each takes about a GiB of memory
 
 
-def find_slots(jobs: int | None) -> list[dict[str, str]]:
-  """The environment of each of the processes that run at a time: one of the GPUs, or all of a CPU or TPU.
+@dataclasses.dataclass(frozen=True)
+class Slot:
+  """What one of the processes that run at a time has for itself.
+
+  Attributes:
+    environment: variables; which GPU it sees.
+    cores: of the CPU, by number; empty for all of them.
+  """
+
+  environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  cores: frozenset[int] = frozenset()
+
+
+def find_slots(jobs: int | None) -> list[Slot]:
+  """One slot for each GPU or, where CPUs compute, for each core; one for a TPU, which serves one process.
 
   Args:
-    jobs: how many; None is one for each GPU, or one.
+    jobs: how many instead.
   """
   # Not in this process: it would keep the GPUs' memory.
   question = "import jax; print(jax.default_backend(), jax.local_device_count())"
@@ -36,17 +50,25 @@ def find_slots(jobs: int | None) -> list[dict[str, str]]:
   if answer.returncode:
     raise InputError(f"JAX does not start here: {_last_line(answer.stderr)}; mend the installation or JAX_PLATFORMS")
   backend, count = answer.stdout.split()
-  visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(int(count))))
-  return slots_of(visible.split(",") if backend == "gpu" else [], jobs)
+  if backend == "gpu":
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(int(count))))
+    return gpu_slots(visible.split(","), jobs)
+  if backend == "cpu" and hasattr(os, "sched_getaffinity"):  # Linux
+    return cpu_slots(sorted(os.sched_getaffinity(0)), jobs)
+  return [Slot()] * (jobs or 1)
 
 
-def slots_of(gpus: Sequence[str], jobs: int | None) -> list[dict[str, str]]:
-  """`find_slots` for GPUs of these names; several processes on one GPU take memory as they need it."""
-  if not gpus:
-    return [{} for _ in range(jobs or 1)]
+def gpu_slots(gpus: Sequence[str], jobs: int | None) -> list[Slot]:
+  """GPUs in turn; several processes on one take memory as they need it."""
   jobs = jobs or len(gpus)
   shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if jobs > len(gpus) else {}
-  return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)], **shared} for i in range(jobs)]
+  return [Slot({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)], **shared}) for i in range(jobs)]
+
+
+def cpu_slots(cores: Sequence[int], jobs: int | None) -> list[Slot]:
+  """Cores dealt out: small models train faster one to a core than one after the other on all of them."""
+  jobs = jobs or min(len(cores), _MAX_CPU_JOBS)
+  return [Slot(cores=frozenset(cores[i % len(cores) :: jobs])) for i in range(jobs)]
 
 
 @contextlib.contextmanager
@@ -68,7 +90,7 @@ def locked(folder: pathlib.Path) -> Iterator[int]:
 class _Running:
   cell: Cell
   process: subprocess.Popen
-  slot: dict[str, str]
+  slot: Slot
   start: float
 
 
@@ -78,7 +100,7 @@ class Runner:
 
   Attributes:
     folder: of the study.
-    slots: environments of the processes at a time, see `find_slots`.
+    slots: of the processes at a time, see `find_slots`.
     lock: file descriptor, see `locked`.
     stop: set, it stops the cells under way, which save.
     done: names of cells that are complete.
@@ -86,7 +108,7 @@ class Runner:
   """
 
   folder: pathlib.Path
-  slots: Sequence[dict[str, str]]
+  slots: Sequence[Slot]
   lock: int
   stop: threading.Event
   done: set[str] = dataclasses.field(default_factory=set)
@@ -126,7 +148,7 @@ class Runner:
       waiting.remove(cell)
       self.failed.add(cell.name)
 
-  def _start(self, cell: Cell, slot: dict[str, str]) -> _Running:
+  def _start(self, cell: Cell, slot: Slot) -> _Running:
     workdir = self.folder / cell.name
     workdirs.create(workdir)
     cache = {
@@ -136,13 +158,15 @@ class Runner:
     with (workdir / LOG_FILE).open("a") as log:
       process = subprocess.Popen(
         [sys.executable, "-m", "dtm_jax.main", *cell.arguments, f"--workdir={workdir}"],
-        env=cache | os.environ | slot,
+        env=cache | os.environ | slot.environment,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
         pass_fds=(self.lock,),
         start_new_session=True,  # Ctrl-C is for the study, which passes it on
       )
+    if slot.cores:
+      os.sched_setaffinity(process.pid, slot.cores)  # before it starts any thread: JAX makes one for each of them
     return _Running(cell, process, slot, time.perf_counter())
 
   def _note(self, ended: _Running, count: str) -> None:
