@@ -84,7 +84,7 @@ CPU = Scale(
   num_workers=0,
 )
 CPU_49 = CPU._replace(patch_size=4, labels={"600-labels": 200, "all-labels": 300}, steps=600)
-ALL_ARMS = ("none", "token-wise", "dtm", "fixed-n", "fixed-k", "per-image", "random-split")
+ALL_ARMS = ("none", "token-wise", "dtm", "half-budget", "fixed-n", "fixed-k", "per-image", "random-split")
 SCALES = {
   "ci": CPU._replace(
     seeds=(0, 1),
@@ -100,7 +100,7 @@ SCALES = {
   ),
   "cpu": CPU,
   "arms": CPU_49._replace(teachers=("2000-labels",), arms=ALL_ARMS),
-  "noisy": CPU_49._replace(data="fashion_mnist_noisy"),
+  "noisy": CPU_49._replace(data="fashion_mnist_noisy", arms=("none", "token-wise", "dtm", "half-budget")),
   "gpu": Scale(
     data="fashion_mnist",
     seeds=(0, 1, 2),
@@ -131,6 +131,7 @@ def arms(num_tokens: int) -> dict[str, dict[str, object]]:
     "none": {"run.steps": 1, "eval.knn": False, "eval.figure_images": 0},
     "token-wise": {"morphing.enabled": False},
     "dtm": {},
+    "half-budget": {"morphing.budget": num_tokens // 2},
     "fixed-n": {"morphing.fixed_num_merged": num_tokens // 2},
     "fixed-k": {"morphing.fixed_iterations": 7},
     "per-image": {"morphing.granularity": "image"},

@@ -52,6 +52,8 @@ class CheckpointStore:
       max_to_keep=keep,
       create=writes,
       cleanup_tmp_directories=writes,
+      # Made in the background, a folder that cannot be made keeps the ended run waiting for five minutes.
+      async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
       save_root_metadata=False,  # processes would meet, also where one of them does not find its folder
       # Where processes meet, two stores are two places.
       multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=folder),

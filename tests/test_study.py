@@ -82,11 +82,12 @@ def test_arms_differ_in_what_their_name_says_alone():
   baseline = cells["raw-hog/token-wise/seed2/train"]
   differ = {
     arm: config_lib.settings_that_differ(baseline, cells[f"raw-hog/{arm}/seed2/train"])
-    for arm in ("dtm", "fixed-n", "fixed-k", "per-image", "random-split")
+    for arm in ("dtm", "half-budget", "fixed-n", "fixed-k", "per-image", "random-split")
   }
   always = ["config.morphing.enabled"]
   assert differ == {
     "dtm": always,
+    "half-budget": [*always, "config.morphing.budget"],
     "fixed-n": [*always, "config.morphing.fixed_num_merged"],
     "fixed-k": [*always, "config.morphing.fixed_iterations"],
     "per-image": [*always, "config.morphing.granularity"],

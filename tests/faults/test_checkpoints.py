@@ -1,8 +1,9 @@
-"""Checkpoints that are damaged, and disks that are full: what is good stays, and the run goes on from it."""
+"""Damaged checkpoints, full disks, read-only folders: what is good stays, and the run goes on from it."""
 
 import contextlib
 import gc
 import json
+import os
 import pathlib
 import resource
 import shutil
@@ -200,3 +201,47 @@ def test_a_failed_save_ends_the_run(tmp_path, compile_cache, outcome):
   assert f"saving to {tmp_path}/checkpoints failed" in stderr
   assert not (tmp_path / "summary.json").exists() and not runs.checkpoints(tmp_path)
   outcome("exit 2")
+
+
+# Root may write anywhere unless it gives that up.
+HELD_TO_PERMISSIONS = ("setpriv", "--bounding-set=-dac_override") if os.geteuid() == 0 else ()
+
+
+@contextlib.contextmanager
+def read_only(folder: pathlib.Path):
+  folder.chmod(0o555)
+  try:
+    yield
+  finally:
+    folder.chmod(0o755)
+
+
+@pytest.mark.slow
+@pytest.mark.fault("a read-only folder", "at the start")
+def test_a_read_only_folder_is_told_in_one_line(tmp_path, compile_cache, outcome):
+  with read_only(tmp_path):
+    process = runs.start(runs.options(tmp_path / "run"), compile_cache, prefix=HELD_TO_PERMISSIONS)
+    code, stderr = runs.finish(process)
+  assert code == 2, stderr
+  assert stderr.splitlines()[-1] == f"error: cannot make --workdir={tmp_path}/run (Permission denied); choose another"
+  assert "Traceback" not in stderr
+  outcome("exit 2, one line")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("a folder becomes read-only", "in the middle of the run")
+def test_a_folder_that_becomes_read_only_ends_the_run_and_it_goes_on(tmp_path, compile_cache, outcome):
+  settings = {"run__log_every_steps": 200, "run__checkpoint_every_steps": 200}
+  long = runs.options(tmp_path, run__steps=4000, **settings)
+  process = runs.start(long, compile_cache, prefix=HELD_TO_PERMISSIONS)
+  folder = tmp_path / "checkpoints"
+  runs.wait_until(lambda: folder.is_dir() and runs.checkpoints(tmp_path), process)
+  with read_only(folder):
+    _, stderr = process.communicate(timeout=200)  # threads of orbax's once kept it for 300 s more
+  code = process.returncode
+  kept = runs.checkpoints(tmp_path)
+  assert code == 2 and kept, stderr
+  assert f"saving to {folder} failed" in stderr and f"it goes on from step {kept[-1]}" in stderr
+  runs.train(tmp_path, compile_cache, run__steps=kept[-1] + 2, **settings)
+  assert runs.summary(tmp_path)["steps"] == kept[-1] + 2
+  outcome("exit 2, checkpoints stay, goes on")
