@@ -37,6 +37,35 @@ class _Manager(ocp.CheckpointManager):
     return False
 
 
+class _Handler(ocp.StandardCheckpointHandler):
+  """Keeps the first error of this process's writes: orbax tells of it only when all processes have come to its end."""
+
+  error: Exception | None = None
+
+  async def async_save(self, *args, **kwargs) -> list[ocp.future.Future]:
+    futures = await super().async_save(*args, **kwargs)
+    return [_Noted(future, self) for future in futures or ()]
+
+
+@ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)
+class _Save(ocp.args.StandardSave):
+  """By its class orbax finds the handler; it insists on one for restoring, too."""
+
+
+class _Noted(ocp.future.Future):
+  """A write that is under way."""
+
+  def __init__(self, future: ocp.future.Future, handler: _Handler):
+    self._future, self._handler = future, handler
+
+  def result(self, timeout: float | None = None) -> Any:
+    try:
+      return self._future.result(timeout)
+    except Exception as error:
+      self._handler.error = self._handler.error or error
+      raise
+
+
 class CheckpointStore:
   """The checkpoints of one work folder; `keep` of them stay, and None opens the store to read only.
 
@@ -62,7 +91,8 @@ class CheckpointStore:
       if writes:  # of several processes each: what the others make may be seen late
         self._folder.mkdir(parents=True, exist_ok=True)
       # Naming the handler lets a fresh process read `item_metadata`.
-      self._manager = _Manager(self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
+      self._handler = _Handler()
+      self._manager = _Manager(self._folder, options=options, item_handlers=self._handler)
     except OSError as error:
       raise InputError(
         f"cannot use {self._folder} for checkpoints ({error.strerror}); choose another --workdir"
@@ -82,14 +112,19 @@ class CheckpointStore:
       return
     # By force: each process would ask its own view of the folder.
     options = {"custom_metadata": {_CHECKSUM: int(_checksum(state))}, "force": True}
-    self._checked(lambda: self._manager.save(step, args=ocp.args.StandardSave(state), **options))
+    self._checked(lambda: self._manager.save(step, args=_Save(state), **options))
     self._is_saving = True
 
   def check(self) -> None:
-    """Raises InputError where a save in the background has failed; does not wait for it."""
+    """Raises InputError where a save in the background has failed; does not wait for it, nor for other processes."""
+    self._checked(self._raise_own_error)
     # `check_for_errors` knows none: they are kept by the thread that has ended, for whoever waits for it.
     if self._is_saving and not self._manager.is_saving_in_progress():
       self.wait()
+
+  def _raise_own_error(self) -> None:
+    if self._handler.error is not None:
+      raise self._handler.error
 
   def wait(self) -> None:
     """Returns when all saves are complete. Raises InputError where one failed."""

@@ -60,6 +60,16 @@ def start(arguments: list[str], cache: pathlib.Path | None, *, devices: int = 1,
   return popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
+def start_pair(arguments: list[str], cache: pathlib.Path, prefixes: tuple[tuple[str, ...], ...] = ((), ())):
+  """Two processes of one run, a device each."""
+  program = "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])"
+  port = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+  together = ("env", f"JAX_COORDINATOR_ADDRESS=127.0.0.1:{port}", "JAX_NUM_PROCESSES=2")
+  return [
+    start(arguments, cache, prefix=(*together, f"JAX_PROCESS_ID={i}", *prefix)) for i, prefix in enumerate(prefixes)
+  ]
+
+
 def finish(process: subprocess.Popen) -> tuple[int, str]:
   """Exit code and standard error."""
   _, stderr = process.communicate()

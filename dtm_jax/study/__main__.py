@@ -3,8 +3,8 @@
   python -m dtm_jax.study --config=configs/study_fashion_mnist.py --scale=ci [--workdir=runs/study] [--jobs=N]
 
 Every run is one of `dtm_jax.main` in a folder and a process of its own; as many at a time as there are GPUs, or CPU
-cores (up to 8), or --jobs. `--config.path.to.key=value` goes to all of them. Results are in DIR/results.md, results.json
-and figures, written again after every run. The same command goes on where it was stopped or killed.
+cores (up to 8), or --jobs. `--config.path.to.key=value` goes to all of them. Results are in DIR/results.md,
+DIR/results.json and DIR/figures, written again after every run. The same command goes on where it was stopped or killed.
 
 Exit codes: 0 done; 1 some runs failed, the others are done; 2 wrong usage, config or data; 143 stopped by a signal,
 after saving.

@@ -174,33 +174,52 @@ def small_files(size: int):
 
 @pytest.mark.fault("disk full in a save in the background", "between saves")
 def test_a_failed_save_is_noticed_before_the_next(tmp_path, outcome):
-  with contextlib.closing(CheckpointStore(tmp_path, keep=3)) as store:
-    store.save(new_state(1))  # compiles, too, for which there is no limit
-    store.wait()
-    state = new_state(2)
-    with (
-      small_files(2**14),
-      pytest.raises(InputError, match=f"saving to {tmp_path}/checkpoints failed.*from step 1") as told,
-    ):
-      store.save(state)
-      for _ in range(1000):
-        store.check()
-        time.sleep(0.02)
-    assert "check" in {entry.name for entry in told.traceback}
+  store = CheckpointStore(tmp_path, keep=3)
+  store.save(new_state(1))  # compiles, too, for which there is no limit
+  store.wait()
+  state = new_state(2)
+  with (
+    small_files(2**14),
+    pytest.raises(InputError, match=f"saving to {tmp_path}/checkpoints failed.*from step 1") as told,
+  ):
+    store.save(state)
+    for _ in range(1000):
+      store.check()
+      time.sleep(0.02)
+  assert "check" in {entry.name for entry in told.traceback}
+  with pytest.raises(InputError, match="File too large"):
+    store.close()
   assert runs.checkpoints(tmp_path) == [1]
   outcome("told when it is asked before the next step")
+
+
+# 100 KiB: the largest parameters take more, the rest less.
+WITH_SMALL_FILES = ("bash", "-c", 'ulimit -f 100; exec "$@"', "-")
 
 
 @pytest.mark.slow
 @pytest.mark.fault("disk full in a save in the background", "in the middle of the run")
 def test_a_failed_save_ends_the_run(tmp_path, compile_cache, outcome):
-  limited = ("bash", "-c", 'ulimit -f 100; exec "$@"', "-")  # KiB; the largest parameters take more, the rest less
   settings = {"run__steps": 300, "run__log_every_steps": 300, "run__checkpoint_every_steps": 150}
-  code, stderr = runs.finish(runs.start(runs.options(tmp_path, **settings), compile_cache, prefix=limited))
+  code, stderr = runs.finish(runs.start(runs.options(tmp_path, **settings), compile_cache, prefix=WITH_SMALL_FILES))
   assert code == 2, stderr
   assert f"saving to {tmp_path}/checkpoints failed" in stderr
   assert not (tmp_path / "summary.json").exists() and not runs.checkpoints(tmp_path)
   outcome("exit 2")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("disk full for one of two processes", "in a save in the background")
+def test_the_process_that_cannot_save_ends_the_pair(tmp_path, compile_cache, outcome):
+  settings = {"run__steps": 2000, "run__checkpoint_every_steps": 20}
+  pair = runs.start_pair(runs.options(tmp_path, **settings), compile_cache, prefixes=((), WITH_SMALL_FILES))
+  _, stderr = pair[1].communicate(timeout=300)  # orbax's processes wait for each other for 1200 s
+  assert pair[1].returncode == 2, stderr
+  assert f"error in process 1: saving to {tmp_path}/checkpoints failed" in stderr
+  code, stderr = runs.finish(pair[0])
+  assert code not in (0, 143) and "another process has ended or cannot be reached" in stderr
+  assert not runs.checkpoints(tmp_path)
+  outcome("it ends with exit 2 at once, the other after it")
 
 
 # Root may write anywhere unless it gives that up.

@@ -1,11 +1,11 @@
 """kill -9 at random moments, of a run and of one of two processes: what goes on ends as what was never killed."""
 
+import functools
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -81,26 +81,13 @@ def test_kills_in_the_middle_of_a_save(tmp_path, compile_cache, reference, outco
 # ------------------------------------------------------------ several processes
 
 
-def start_pair(workdir, compile_cache) -> list[subprocess.Popen]:
-  """Two processes of one run, a device each."""
-  program = "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])"
-  port = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
-  return [
-    runs.start(
-      runs.options(workdir, **SETTINGS),
-      compile_cache,
-      prefix=("env", f"JAX_COORDINATOR_ADDRESS=127.0.0.1:{port}", "JAX_NUM_PROCESSES=2", f"JAX_PROCESS_ID={i}"),
-    )
-    for i in range(2)
-  ]
-
-
 @pytest.mark.slow
 @pytest.mark.fault("kill -9 of one of two processes", "in a step; then a damaged checkpoint")
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_the_other_process_ends_and_the_pair_goes_on(tmp_path, compile_cache, victim, outcome):
   workdir = tmp_path / "run"
-  pair = start_pair(workdir, compile_cache)
+  start_pair = functools.partial(runs.start_pair, runs.options(workdir, **SETTINGS), compile_cache)
+  pair = start_pair()
   runs.wait_until(lambda: len(saved(workdir)) == 2, pair[victim])
   start = time.monotonic()
   pair[victim].kill()
@@ -112,7 +99,9 @@ def test_the_other_process_ends_and_the_pair_goes_on(tmp_path, compile_cache, vi
   assert "another process has ended or cannot be reached" in stderr or victim == 0  # whom jax asks for the others
   newest = workdir / "checkpoints" / str(saved(workdir)[-1])
   shutil.rmtree(newest / "default")
-  (code, stderr), (other, _) = (runs.finish(process) for process in start_pair(workdir, compile_cache))
+  (code, stderr), (other, _) = (
+    runs.finish(process) for process in runs.start_pair(runs.options(workdir, **SETTINGS), compile_cache)
+  )
   assert (code, other) == (0, 0), stderr
   assert f"checkpoint {newest} cannot be read" in stderr
   assert runs.summary(workdir)["steps"] == SETTINGS["run__steps"]
