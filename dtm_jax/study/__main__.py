@@ -4,7 +4,7 @@
 
 Every run is one of `dtm_jax.main` in a folder and a process of its own; as many at a time as there are GPUs, or CPU
 cores (up to 8), or --jobs. `--config.path.to.key=value` goes to all of them. Results are in DIR/results.md,
-DIR/results.json and DIR/figures, written again after every run. The same command goes on where it was stopped or killed.
+DIR/results.json and DIR/figures, written anew after every run. The same command goes on where it was stopped or killed.
 
 Exit codes: 0 done; 1 some runs failed, the others are done; 2 wrong usage, config or data; 143 stopped by a signal,
 after saving.
