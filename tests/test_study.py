@@ -216,6 +216,16 @@ def test_pictures_of_whatever_steps_there_are(tmp_path):
     assert image.width > 2 * image.height
 
 
+def test_the_picture_of_differences(recorded, tmp_path):
+  path = tmp_path / "differences.png"
+  pictures.differences_figure(path, results.collect(recorded))
+  with Image.open(path) as image:
+    assert image.width > 3 * image.height  # four readouts beside each other, two arms
+  path.unlink()
+  pictures.differences_figure(path, results.collect(dataclasses.replace(recorded, arms=("token-wise",))))
+  assert not path.exists()  # nothing to compare
+
+
 # Real runs.
 
 

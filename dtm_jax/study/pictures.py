@@ -1,9 +1,10 @@
-"""Pictures of a study: curves of its arms, and its teachers' token groups."""
+"""Pictures of a study: curves of its arms, their differences at the end, and its teachers' token groups."""
 
 import os
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,10 +13,12 @@ from matplotlib.figure import Figure
 from dtm_jax import metrics
 from dtm_jax.figures import DPI, plain_axes, running_mean, save_figure
 from dtm_jax.files import replacing
+from dtm_jax.study import results
 from dtm_jax.study.plan import TRAIN, Study
 
 _SMOOTHED_STEPS = 5  # logged ones
 _PANEL_INCHES = (4.5, 3.6)
+_DIFFERENCE_INCHES = (2.0, 0.3)  # of a readout, of an arm
 
 Curve = tuple[Sequence[int], Sequence[float]]  # steps, ascending, and values
 Panels = Mapping[str, Mapping[str, Sequence[Curve]]]  # by teacher and arm, of its seeds
@@ -28,6 +31,7 @@ def draw(study: Study) -> None:
     curves_figure(folder / "loss.png", losses, "token-wise distance to the teacher", window=_SMOOTHED_STEPS)
   if accuracies := _curves(study, "knn_top1"):
     curves_figure(folder / "accuracy.png", accuracies, "k-NN accuracy, %", window=1, scale=100)
+  differences_figure(folder / "differences.png", results.collect(study), but=study.untrained)
   for teacher in study.teachers:
     _copy_token_groups(study, teacher, folder / f"tokens_{teacher}.png")
 
@@ -94,3 +98,54 @@ def _draw_mean(panel: Axes, curves: Sequence[Curve], name: str, window: int) -> 
   values = np.array([running_mean(row, window) for row in values])
   [line] = panel.plot(shared, values.mean(axis=0), label=name, marker="." if len(shared) < 20 else "")
   panel.fill_between(shared, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def differences_figure(path: str | os.PathLike, found: Mapping[str, Any], *, but: str = "") -> None:
+  """Writes a PNG: how much better than the baseline each arm is by each readout, and how sure that is.
+
+  A row of panels for each teacher, a panel for each readout, in it a dot for each seed and the mean with its standard
+  error. Nothing is written as long as there is nothing to compare.
+
+  Args:
+    path: file to write; its folder is made where it is missing.
+    found: see `results.collect`.
+    but: an arm to leave out; students without pre-training are so much worse that the others would look the same.
+
+  Raises:
+    InputError: the file cannot be written.
+  """
+  baseline = found["baseline"]
+  rows = {
+    teacher: {arm: entries for arm, entries in of_teacher["arms"].items() if arm not in (baseline, but)}
+    for teacher, of_teacher in found["teachers"].items()
+  }
+  entries = [entry for arms in rows.values() for columns in arms.values() for entry in columns.values()]
+  if not any("difference_mean" in entry for entry in entries):
+    return
+  readouts = [*next(iter(next(iter(rows.values())).values()))]
+  num_arms = max(len(arms) for arms in rows.values())
+  width, height = _DIFFERENCE_INCHES
+  size = (1.2 + width * len(readouts), len(rows) * (0.9 + height * num_arms))
+  figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+  panels = figure.subplots(len(rows), len(readouts), squeeze=False, sharey="row")
+  for row, (teacher, arms) in zip(panels, rows.items(), strict=True):
+    own = found["teachers"][teacher]["arms"][baseline]
+    for panel, readout in zip(row, readouts, strict=True):
+      for place, columns in enumerate(arms.values()):
+        _draw_difference(panel, place, columns[readout], own[readout])
+      panel.axvline(0, color="0.4", linewidth=1)
+      panel.set(title=readout, yticks=range(len(arms)), yticklabels=[*arms], ylim=(len(arms) - 0.5, -0.5))
+      panel.spines[["top", "right"]].set_visible(False)
+      panel.grid(axis="x", alpha=0.3)
+    row[0].set_ylabel(f"teacher: {teacher}")
+  figure.supxlabel(f"difference to {baseline}, points of top-1 accuracy: seeds, mean ± standard error", fontsize=10)
+  save_figure(figure, path)
+
+
+def _draw_difference(panel: Axes, place: int, entry: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+  if "difference_mean" not in entry:
+    return
+  seeds = 100 * np.array(results.paired_differences(entry["values"], own["values"]))
+  error = 100 * (entry["difference_standard_error"] or 0.0)
+  panel.plot(seeds, np.full(len(seeds), place), ".", color="0.6", markersize=5)
+  panel.errorbar(100 * entry["difference_mean"], place, xerr=error, fmt="o", color="tab:blue", markersize=4, capsize=3)
