@@ -6,7 +6,7 @@
 
 The same student is pre-trained against token-wise and against morphed targets, from the same seeds on the same batches;
 then come k-NN, linear probe, few-shot, and fine-tuning on few and on all labels. `none` is the student before its first
-step. The teachers leave room above themselves: none has seen all labels, and their tokens are noisy.
+step. The teachers leave room above themselves: none has seen all labels.
 
   raw-hog       histograms of oriented gradients: nine bins from the few pixels of a patch
   hog-student   a student pre-trained token-wise against raw-hog: no labels at all
@@ -16,8 +16,8 @@ Scales:
 
   ci     49 tokens, few steps: to see that everything runs. 14 runs, two minutes on two CPU cores
   cpu    196 tokens as in the paper, raw HOG. 36 runs, about an hour on two CPU cores
-  arms   49 tokens, all arms, the classifier of 2,000 images. 65 runs, about an hour
-  noisy  49 tokens, raw HOG of images with sensor noise, which benchmarks/noisy_images.py makes. 27 runs, 25 minutes
+  arms   49 tokens, all arms, the classifier of 2,000 images. 98 runs, about an hour
+  noisy  49 tokens, raw HOG of images with sensor noise, which benchmarks/noisy_images.py makes. 48 runs, 25 minutes
   gpu    196 tokens, all arms and teachers, ViT-S in bfloat16. Not run
 
 docs/study.md has what was found.
