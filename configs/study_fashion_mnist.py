@@ -14,7 +14,7 @@ step. The teachers leave room above themselves: none has seen all labels.
 
 Scales:
 
-  ci     49 tokens, few steps: to see that everything runs. 14 runs, two minutes on two CPU cores
+  ci     49 tokens, few steps: to see that everything runs. 14 runs, a few minutes on two CPU cores
   cpu    196 tokens as in the paper, raw HOG. 36 runs, about an hour on two CPU cores
   arms   49 tokens, all arms, the classifier of 2,000 images. 98 runs, about an hour
   noisy  49 tokens, raw HOG of images with sensor noise, which benchmarks/noisy_images.py makes. 48 runs, 25 minutes
