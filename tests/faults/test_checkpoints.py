@@ -140,6 +140,7 @@ def test_the_checksum_is_the_same_whatever_the_sharding(devices):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault("newest checkpoint damaged", "the whole run")
 def test_a_run_with_a_damaged_checkpoint_ends_as_without(tmp_path, compile_cache, outcome):
   settings = {"run__steps": 3, "run__checkpoint_every_steps": 1, "run__keep_checkpoints": 3}
@@ -198,6 +199,7 @@ WITH_SMALL_FILES = ("bash", "-c", 'ulimit -f 100; exec "$@"', "-")
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault("disk full in a save in the background", "in the middle of the run")
 def test_a_failed_save_ends_the_run(tmp_path, compile_cache, outcome):
   settings = {"run__steps": 300, "run__log_every_steps": 300, "run__checkpoint_every_steps": 150}
