@@ -18,6 +18,7 @@ FOLDER = "checkpoints"
 BEST_FOLDER = "best"  # with the highest score so far
 DAMAGED_FOLDER = "damaged"  # checkpoints that could not be read
 
+_POLL_SECONDS = 0.02
 _CHECKSUM = "checksum"  # entry of a checkpoint's metadata
 _MOVE_AWAY = "; if it is damaged, move it away to go on from the one before"
 
@@ -37,33 +38,33 @@ class _Manager(ocp.CheckpointManager):
     return False
 
 
-class _Handler(ocp.StandardCheckpointHandler):
-  """Keeps the first error of this process's writes: orbax tells of it only when all processes have come to its end."""
-
-  error: Exception | None = None
-
-  async def async_save(self, *args, **kwargs) -> list[ocp.future.Future]:
-    futures = await super().async_save(*args, **kwargs)
-    return [_Noted(future, self) for future in futures or ()]
-
-
-@ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)
-class _Save(ocp.args.StandardSave):
-  """By its class orbax finds the handler; it insists on one for restoring, too."""
-
-
 class _Noted(ocp.future.Future):
-  """A write that is under way."""
+  """A write that is under way; what it fails with is kept in a list, too."""
 
-  def __init__(self, future: ocp.future.Future, handler: _Handler):
-    self._future, self._handler = future, handler
+  def __init__(self, future: ocp.future.Future, errors: list[Exception]):
+    self._future, self._errors = future, errors
 
   def result(self, timeout: float | None = None) -> Any:
     try:
       return self._future.result(timeout)
     except Exception as error:
-      self._handler.error = self._handler.error or error
+      self._errors.append(error)
       raise
+
+
+def _noting(errors: list[Exception]) -> ocp.StandardCheckpointHandler:
+  """A handler that keeps its errors: orbax tells of them only when all processes have come to the end of the save.
+
+  No class of its own, whose name would be written into checkpoints: others read them without this package.
+  """
+  handler = ocp.StandardCheckpointHandler()
+  start = handler.async_save
+
+  async def async_save(*args, **kwargs) -> list[ocp.future.Future]:
+    return [_Noted(future, errors) for future in await start(*args, **kwargs) or ()]
+
+  handler.async_save = async_save
+  return handler
 
 
 class CheckpointStore:
@@ -76,6 +77,7 @@ class CheckpointStore:
 
   def __init__(self, workdir: pathlib.Path, *, keep: int | None = None, folder: str = FOLDER):
     self._workdir, self._folder, self._is_saving = workdir, workdir.resolve() / folder, False
+    self._errors: list[Exception] = []  # of this process's writes; after the first no caller goes on
     writes = keep is not None  # what looks unfinished may be the work of a run that goes on
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
@@ -91,8 +93,7 @@ class CheckpointStore:
       if writes:  # of several processes each: what the others make may be seen late
         self._folder.mkdir(parents=True, exist_ok=True)
       # Naming the handler lets a fresh process read `item_metadata`.
-      self._handler = _Handler()
-      self._manager = _Manager(self._folder, options=options, item_handlers=self._handler)
+      self._manager = _Manager(self._folder, options=options, item_handlers=_noting(self._errors))
     except OSError as error:
       raise InputError(
         f"cannot use {self._folder} for checkpoints ({error.strerror}); choose another --workdir"
@@ -110,9 +111,10 @@ class CheckpointStore:
     step, latest = int(state.step), distributed.from_first(self.latest_step)
     if latest is not None and latest >= step:
       return
+    self.wait()
     # By force: each process would ask its own view of the folder.
     options = {"custom_metadata": {_CHECKSUM: int(_checksum(state))}, "force": True}
-    self._checked(lambda: self._manager.save(step, args=_Save(state), **options))
+    self._checked(lambda: self._manager.save(step, args=ocp.args.StandardSave(state), **options))
     self._is_saving = True
 
   def check(self) -> None:
@@ -123,11 +125,14 @@ class CheckpointStore:
       self.wait()
 
   def _raise_own_error(self) -> None:
-    if self._handler.error is not None:
-      raise self._handler.error
+    if self._errors:
+      raise self._errors[0]
 
   def wait(self) -> None:
     """Returns when all saves are complete. Raises InputError where one failed."""
+    while self._manager.is_saving_in_progress():
+      self._checked(self._raise_own_error)
+      time.sleep(_POLL_SECONDS)
     self._is_saving = False
     self._checked(self._manager.wait_until_finished)
 

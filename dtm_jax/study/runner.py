@@ -72,6 +72,20 @@ def cpu_slots(cores: Sequence[int], jobs: int | None) -> list[Slot]:
 
 
 @contextlib.contextmanager
+def _confined_to(cores: frozenset[int]) -> Iterator[None]:
+  """Processes that this thread starts here have these cores only; JAX makes a thread for each."""
+  if not cores:
+    yield
+    return
+  before = os.sched_getaffinity(0)
+  os.sched_setaffinity(0, cores)
+  try:
+    yield
+  finally:
+    os.sched_setaffinity(0, before)
+
+
+@contextlib.contextmanager
 def locked(folder: pathlib.Path) -> Iterator[int]:
   """Holds the folder for this process and its children, to which the lock's file descriptor is passed.
 
@@ -155,7 +169,7 @@ class Runner:
       "JAX_COMPILATION_CACHE_DIR": str(self.folder / COMPILED),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    with (workdir / LOG_FILE).open("a") as log:
+    with (workdir / LOG_FILE).open("a") as log, _confined_to(slot.cores):
       process = subprocess.Popen(
         [sys.executable, "-m", "dtm_jax.main", *cell.arguments, f"--workdir={workdir}"],
         env=cache | os.environ | slot.environment,
@@ -165,8 +179,6 @@ class Runner:
         pass_fds=(self.lock,),
         start_new_session=True,  # Ctrl-C is for the study, which passes it on
       )
-    if slot.cores:
-      os.sched_setaffinity(process.pid, slot.cores)  # before it starts any thread: JAX makes one for each of them
     return _Running(cell, process, slot, time.perf_counter())
 
   def _note(self, ended: _Running, count: str) -> None:
