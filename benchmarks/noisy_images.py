@@ -15,13 +15,13 @@ import struct
 
 import numpy as np
 
-from dtm_jax.data.prepare import open_raw
+from dtm_jax.data.prepare import IdxSource, open_raw
 
 IDX_IMAGES = 0x0803  # magic number
 
 
 def add_noise(images: np.ndarray, std: float, seed: int) -> np.ndarray:
-  """uint8 in, uint8 out, of any shape; `std` in grey levels of 256."""
+  """uint8 in, uint8 out, of any shape, cut off at 0 and 255; `std` in grey levels of 256."""
   noise = std * np.random.default_rng(seed).standard_normal(images.shape, np.float32)
   return np.clip(np.rint(images + noise), 0, 255).astype(np.uint8)
 
@@ -33,6 +33,10 @@ def main() -> None:
   parser.add_argument("--std", type=float, default=80, help="of the noise, in grey levels of 256 (%(default)s)")
   args = parser.parse_args()
   splits = open_raw(args.source)
+  if not all(isinstance(split, IdxSource) for split in splits.values()):
+    parser.error(f"{args.source} has images, but not as IDX files")
+  if args.out.resolve() == args.source.resolve():
+    parser.error("the noisy images need a folder of their own")
   args.out.mkdir(parents=True, exist_ok=True)
   for seed, (_, split) in enumerate(sorted(splits.items())):
     data = struct.pack(">4I", IDX_IMAGES, *split.images.shape) + add_noise(split.images, args.std, seed).tobytes()

@@ -37,6 +37,7 @@ from dtm_jax.networks import create_classifier, create_student
 
 CONFIGS = {"B": vitb, "L": vitl}
 LAYOUTS = {"data": {}, "fsdp": {"data": 1, "fsdp": -1}, "tensor": {"tensor": 4}}
+LOSS_BYTES = 4  # of the sum that a step without morphing leaves out
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 SAME = 0.01  # relative difference of V between sizes that counts as none
 HOST = {"v4": 4, "v5e": 4, "v5p": 4, "v6e": 4, "a100": 8, "h100": 8, "h200": 8}  # usual chips of a host
@@ -105,8 +106,9 @@ def agreed_volumes(points: list[Point]) -> dict[tuple[str, str, str], dict[str, 
         raise SystemExit(f"{key} of {point['topology']}: {operation} differs by {difference / 1e6:.4g} MB")
   for variant in CONFIGS:
     expected = {"all-reduce": reduced_bytes(variant)}
-    if agreed.setdefault(("tpu", variant, "data"), expected) != expected:
-      raise SystemExit(f"ViT-{variant}: the points say {agreed['tpu', variant, 'data']}, the formula {expected}")
+    found = agreed.setdefault(("tpu", variant, "data"), expected)
+    if found.keys() != expected.keys() or abs(found["all-reduce"] - expected["all-reduce"]) > LOSS_BYTES:
+      raise SystemExit(f"ViT-{variant}: the points say {found}, the formula {expected}")
   return agreed
 
 

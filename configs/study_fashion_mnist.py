@@ -1,4 +1,4 @@
-"""Does DTM help? Pre-training against noisy teachers on Fashion-MNIST, and what the students are worth afterwards.
+"""Does DTM help? Pre-training against several teachers on Fashion-MNIST, and what the students are worth afterwards.
 
   apt-get install dataset-fashion-mnist
   python -m dtm_jax.data.prepare /usr/share/datasets/fashion-mnist --name=fashion_mnist --out=data
@@ -15,7 +15,7 @@ step. The teachers leave room above themselves: none has seen all labels.
 Scales:
 
   ci     49 tokens, few steps: to see that everything runs. 14 runs, a few minutes on two CPU cores
-  cpu    196 tokens as in the paper, raw HOG. 36 runs, about an hour on two CPU cores
+  cpu    196 tokens as in the paper, raw HOG. 36 runs, about an hour (estimated)
   arms   49 tokens, all arms, the classifier of 2,000 images. 98 runs, about an hour
   noisy  49 tokens, raw HOG of images with sensor noise, which benchmarks/noisy_images.py makes. 48 runs, 25 minutes
   gpu    196 tokens, all arms and teachers, ViT-S in bfloat16. Not run

@@ -126,12 +126,14 @@ def break_after(monkeypatch, count: int) -> None:
 
 def test_noisy_images_are_those_images_with_noise(idx_folder, tmp_path):
   grey = np.full((40, 28, 28), 128, np.uint8)
+  grey[0], grey[1] = 0, 255
   write_idx(idx_folder / "train-images-idx3-ubyte.gz", grey)
   write_idx(idx_folder / "train-labels-idx1-ubyte.gz", np.arange(40, dtype=np.uint8))
   script = pathlib.Path(__file__).parents[1] / "benchmarks" / "noisy_images.py"
   subprocess.run([sys.executable, script, idx_folder, tmp_path / "noisy", "--std=20"], check=True)
   noisy = prepare.open_raw(tmp_path / "noisy")
-  difference = noisy["train"].images - grey.astype(float)
+  assert noisy["train"].images[0].max() < 120 and noisy["train"].images[1].min() > 135  # no wrapping round
+  difference = (noisy["train"].images - grey.astype(float))[2:]
   assert abs(difference.mean()) < 0.5 and abs(difference.std() - 20) < 0.5
   assert len(np.unique(difference.mean(axis=(1, 2)))) > 30  # each image has its own
   np.testing.assert_array_equal(noisy["train"].labels, np.arange(40))
