@@ -9,8 +9,8 @@ nothing. TPU slices need libtpu, cpu:N nothing; but a program for CPUs sums grad
 do in bfloat16. Points that FILE has are not compiled again.
 
 Then a table of 8 to 1,024 chips for one global batch. Bytes: an all-reduce of V bytes among n sends 2 V (n-1)/n of them
-from each device, a gather or scatter V (n-1)/n; V is that of the points, and where points at several sizes disagree on it
-by over 1 %, or on the formula for TPUs (`reduced_bytes`), the script ends with an error. All of that is for data
+from each device, a gather or scatter V (n-1)/n; V is that of the points, and where points at several sizes disagree on
+it by over 1 %, or on the formula for TPUs (`reduced_bytes`), the script ends with an error. All of that is for data
 parallelism; what other layouts send is not as regular. Seconds: computing is the model's FLOPs at --mfu of the peak;
 sending goes at --links of what a chip's links carry at once.
 
