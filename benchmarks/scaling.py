@@ -8,11 +8,10 @@ compiles several times faster and sends the same gradients; and, but for --morph
 nothing. TPU slices need libtpu, cpu:N nothing; but a program for CPUs sums gradients of matrices in float32 where TPUs
 do in bfloat16. Points that FILE has are not compiled again.
 
-Then a table of 8 to 1,024 chips for one global batch. Bytes: an all-reduce of V bytes among n sends 2 V (n-1)/n of them
-from each device, a gather or scatter V (n-1)/n; V is that of the points, and where points at several sizes disagree on
-it by over 1 %, or on the formula for TPUs (`reduced_bytes`), the script ends with an error. All of that is for data
-parallelism; what other layouts send is not as regular. Seconds: computing is the model's FLOPs at --mfu of the peak;
-sending goes at --links of what a chip's links carry at once.
+Then a table of 8 to 1,024 chips with data parallelism for one global batch. Bytes: an all-reduce of V bytes among n
+sends 2 V (n-1)/n of them from each device. V is a formula (`reduced_bytes`); where a point of a TPU slice disagrees
+with it, the script ends with an error. Seconds: computing is the model's FLOPs at --mfu of the peak; sending goes at
+--links of what a chip's links carry at once.
 
 Last, what a host has to feed: images/s of all its chips at --mfu, and the cores that benchmarks/host_pipeline.py's
 result (JPEG of 500 x 375 pixels to 224 px crops, on one core) asks for.
@@ -20,12 +19,13 @@ result (JPEG of 500 x 375 pixels to 224 px crops, on one core) asks for.
 
 import argparse
 import collections
+import itertools
 import json
 import pathlib
 from typing import Any
 
 import jax
-from common import report, write_json
+from common import write_json
 
 from configs import vitb, vitl
 from dtm_jax import ahead_of_time, roofline
@@ -39,7 +39,6 @@ CONFIGS = {"B": vitb, "L": vitl}
 LAYOUTS = {"data": {}, "fsdp": {"data": 1, "fsdp": -1}, "tensor": {"tensor": 4}}
 LOSS_BYTES = 4  # of the sum that a step without morphing leaves out
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
-SAME = 0.01  # relative difference of V between sizes that counts as none
 HOST = {"v4": 4, "v5e": 4, "v5p": 4, "v6e": 4, "a100": 8, "h100": 8, "h200": 8}  # usual chips of a host
 PIPELINE = pathlib.Path(__file__).parent / "results" / "host_pipeline_cpu.json"
 IMAGE = "500 x 375"  # of its rows
@@ -79,37 +78,16 @@ def merged(found: tuple[Collective, ...]) -> list[dict[str, Any]]:
   return [kind._replace(bytes=size)._asdict() for kind, size in totals.most_common()]
 
 
-def backend(point: Point) -> str:
-  return "cpu" if point["topology"].startswith("cpu") else "tpu"
-
-
-def volumes(point: Point) -> dict[str, float]:
-  """V by operation: bytes of the arrays that a step reduces, gathers or scatters."""
-  totals = collections.Counter()
-  for one in point["collectives"]:
-    totals[one["operation"]] += one["bytes"] * (one["count"] or 0)
-  return dict(totals)
-
-
-def agreed_volumes(points: list[Point]) -> dict[tuple[str, str, str], dict[str, float]]:
-  """V by (backend, variant, layout), of the largest slice; ends the script where slices disagree.
-
-  Steps with morphing go first: they sum one number more.
-  """
-  agreed = {}
-  for point in sorted(points, key=lambda point: (not point["morphing"], -point["devices"])):
-    key, found = (backend(point), point["variant"], point["layout"]), volumes(point)
-    first = agreed.setdefault(key, found)
-    for operation in first | found:
-      difference = abs(first.get(operation, 0) - found.get(operation, 0))
-      if point["layout"] == "data" and difference > SAME * sum(first.values()):
-        raise SystemExit(f"{key} of {point['topology']}: {operation} differs by {difference / 1e6:.4g} MB")
-  for variant in CONFIGS:
-    expected = {"all-reduce": reduced_bytes(variant)}
-    found = agreed.setdefault(("tpu", variant, "data"), expected)
-    if found.keys() != expected.keys() or abs(found["all-reduce"] - expected["all-reduce"]) > LOSS_BYTES:
-      raise SystemExit(f"ViT-{variant}: the points say {found}, the formula {expected}")
-  return agreed
+def check_formula(points: list[Point]) -> None:
+  """Ends the script where a TPU slice with data parallelism does not send what the formula says, and nothing else."""
+  for point in points:
+    if point["layout"] == "data" and not point["topology"].startswith("cpu"):
+      volumes = collections.Counter()
+      for one in point["collectives"]:
+        volumes[one["operation"]] += one["bytes"] * (one["count"] or 0)
+      expected = reduced_bytes(point["variant"])
+      if {*volumes} != {"all-reduce"} or abs(volumes["all-reduce"] - expected) > LOSS_BYTES:
+        raise SystemExit(f"ViT-{point['variant']} on {point['topology']}: {dict(volumes)}; the formula says {expected}")
 
 
 # ------------------------------------------------------------ sizes
@@ -128,23 +106,18 @@ def reduced_bytes(variant: str) -> int:
   return size.depth * block + 2 * width * (patch + targets) + 4 * (vectors + 2)
 
 
-def scale(
-  variant: str, layout: str, volume: dict[str, float], flops: float, options: argparse.Namespace
-) -> list[Point]:
-  """A row for each number of chips."""
-  chip, rows = roofline.CHIPS[options.chip], []
+def scale(variant: str, options: argparse.Namespace) -> list[Point]:
+  """A row for each number of chips, with data parallelism."""
+  chip, flops, rows = roofline.CHIPS[options.chip], flops_of_an_image(variant)["pre-training"], []
   for devices in SIZES:
-    sent = {operation: Collective(operation, size, devices, 1).sent for operation, size in volume.items()}
+    sent = Collective("all-reduce", reduced_bytes(variant), devices, 1).sent
     computing = flops * options.batch / devices / (chip.teraflops * 1e12 * options.mfu)
-    sending = sum(sent.values()) / (chip.network * 1e9 * options.links)
-    step = max(computing, sending)
+    sending = sent / (chip.network * 1e9 * options.links)
     rows.append(
       {
-        **{"variant": variant, "layout": layout, "devices": devices, "images": options.batch // devices},
-        **{operation: sent.get(operation, 0.0) / 1e6 for operation in MAIN_OPERATIONS},
-        "computing": 1e3 * computing,
-        "sending": 1e3 * sending,
-        "hidden": computing / step,
+        **{"variant": variant, "devices": devices, "images": options.batch // devices},
+        **{"all-reduce": sent / 1e6, "computing": 1e3 * computing, "sending": 1e3 * sending},
+        "hidden": computing / max(computing, sending),
         "exposed": computing / (computing + sending),
       }
     )
@@ -153,12 +126,9 @@ def scale(
 
 COLUMNS = {
   "ViT": ("variant", ""),
-  "layout": ("layout", ""),
   "chips": ("devices", ","),
   "images/chip": ("images", ""),
   "all-reduce MB": ("all-reduce", ".1f"),
-  "all-gather MB": ("all-gather", ".1f"),
-  "reduce-scatter MB": ("reduce-scatter", ".1f"),
   "computing ms": ("computing", ".2f"),
   "sending ms": ("sending", ".2f"),
   "efficiency, hidden": ("hidden", ".0%"),
@@ -242,13 +212,10 @@ def draw(path: pathlib.Path, rows: list[Point], options: argparse.Namespace) -> 
   variants = sorted({row["variant"] for row in rows})
   figure, axes = plt.subplots(1, len(variants), figsize=(5 * len(variants), 3.8), sharey=True, squeeze=False)
   for axis, variant in zip(axes[0], variants, strict=True):
-    for layout, style in (("data", "-"), ("fsdp", "--")):
-      own = [row for row in rows if (row["variant"], row["layout"]) == (variant, layout)]
-      chips = [row["devices"] for row in own]
-      if own and layout == "data":
-        axis.plot(chips, [row["computing"] for row in own], "k-", label=f"computing at {options.mfu:.0%} of the peak")
-      if own:
-        axis.plot(chips, [row["sending"] for row in own], f"C0{style}", label=f"sending, {layout}")
+    own = [row for row in rows if row["variant"] == variant]
+    chips = [row["devices"] for row in own]
+    axis.plot(chips, [row["computing"] for row in own], "k-", label=f"computing at {options.mfu:.0%} of the peak")
+    axis.plot(chips, [row["sending"] for row in own], "C0-", label=f"sending at {options.links:.0%} of the links' rate")
     axis.set(xscale="log", yscale="log", xlabel="chips", title=f"ViT-{variant}, {options.batch} images per step")
     axis.set_xticks(SIZES, [f"{size:,}" for size in SIZES], fontsize=8)
     axis.minorticks_off()
@@ -280,28 +247,26 @@ def parse_options() -> argparse.Namespace:
 
 def add_points(points: list[Point], options: argparse.Namespace) -> None:
   """Compiles what was asked for and is not there, and writes the record after each point."""
-  known = {(point["variant"], point["layout"], point["topology"]) for point in points}
-  for topology in options.topology:
-    for variant in options.variant:
-      for layout in options.layout:
-        if (variant, layout, topology) not in known:
-          points.append(compile_point(variant, layout, topology, options))
-          write_json(options.json, points, PACKAGES)
+  for topology, variant, layout in itertools.product(options.topology, options.variant, options.layout):
+    if not any(is_point(point, topology, variant, layout, options) for point in points):
+      points.append(compile_point(variant, layout, topology, options))
+      write_json(options.json, points, PACKAGES)
+
+
+def is_point(point: Point, topology: str, variant: str, layout: str, options: argparse.Namespace) -> bool:
+  where = (point["topology"], point["variant"], point["layout"], point["morphing"])
+  return where == (topology, variant, layout, options.morphing) and point_row(point)["images"] == options.images
 
 
 def main() -> None:
   options = parse_options()
   points = json.loads(options.json.read_text())["results"] if options.json.exists() else []
   add_points(points, options)
-  report([point_row(point) for point in points], POINT_COLUMNS)
-  rows = []
-  for (where, variant, layout), volume in sorted(agreed_volumes(points).items()):
-    if where == "tpu" and layout == "data":
-      rows += scale(variant, layout, volume, flops_of_an_image(variant)["pre-training"], options)
-  if rows:
-    print("\n" + markdown([point_row(point) for point in points], POINT_COLUMNS))
-    print("\n" + markdown(rows, COLUMNS))
-  print("\n" + markdown(host_rows(options.variant, options.mfu), HOST_COLUMNS))
+  check_formula(points)
+  rows = [row for variant in options.variant for row in scale(variant, options)]
+  print(markdown([point_row(point) for point in points], POINT_COLUMNS), end="\n\n")
+  print(markdown(rows, COLUMNS), end="\n\n")
+  print(markdown(host_rows(options.variant, options.mfu), HOST_COLUMNS))
   if options.figure:
     draw(options.figure, rows, options)
 

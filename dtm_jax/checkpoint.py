@@ -1,8 +1,9 @@
 """Saving and restoring the train state with orbax: asynchronous, atomic, and checked against what was saved."""
 
+import contextlib
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -45,11 +46,18 @@ class _Noted(ocp.future.Future):
     self._future, self._errors = future, errors
 
   def result(self, timeout: float | None = None) -> Any:
-    try:
+    with _kept(self._errors):
       return self._future.result(timeout)
-    except Exception as error:
-      self._errors.append(error)
-      raise
+
+
+@contextlib.contextmanager
+def _kept(errors: list[Exception]) -> Iterator[None]:
+  """What is raised inside is added to the list on its way."""
+  try:
+    yield
+  except Exception as error:  # whatever orbax's writers raise: it goes on
+    errors.append(error)
+    raise
 
 
 def _noting(errors: list[Exception]) -> ocp.StandardCheckpointHandler:
@@ -58,12 +66,16 @@ def _noting(errors: list[Exception]) -> ocp.StandardCheckpointHandler:
   No class of its own, whose name would be written into checkpoints: others read them without this package.
   """
   handler = ocp.StandardCheckpointHandler()
-  start = handler.async_save
+  start, merge = handler.async_save, handler.finalize
 
   async def async_save(*args, **kwargs) -> list[ocp.future.Future]:
     return [_Noted(future, errors) for future in await start(*args, **kwargs) or ()]
 
-  handler.async_save = async_save
+  def finalize(directory: Any) -> None:
+    with _kept(errors):
+      merge(directory)
+
+  handler.async_save, handler.finalize = async_save, finalize
   return handler
 
 

@@ -18,10 +18,16 @@ _CALLED = re.compile(
 )
 _CONDITION = re.compile(r"condition=%?([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-# The condition of a scan: its counter, which begins at 0, is below a constant.
-_LIMIT = re.compile(r"ROOT .* compare\(%?[\w.-]+, %?([\w.-]+)\), direction=LT")
+_BODY = re.compile(r"body=%?([\w.-]+)")
+# The condition of a scan, or of a ring: its counter, which begins at 0, is below a constant.
+_BELOW = re.compile(r"ROOT .* compare\(%?(?P<counter>[\w.-]+), %?(?P<limit>[\w.-]+)\), direction=LT")
+_PLACE = re.compile(r"get-tuple-element\(.*\), index=(\d+)")
+_RESULTS = re.compile(r"ROOT .* tuple\(([^()]*)\)")
+_SUM = re.compile(r" add\(%?([\w.-]+), %?([\w.-]+)\)")
+_CONSTANT = re.compile(r" constant\((\d+)\)")
 _EXPLICIT_GROUP = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _SCATTER = "all-reduce-scatter"  # how XLA names the fusion in which TPUs scatter what they reduce
 
 
@@ -58,14 +64,20 @@ def find(hlo: str, num_devices: int) -> list[Collective]:
   """
   computations, entry = _computations(hlo)
   counts = _counts(computations, entry)
-  found = []
+  found: dict[str | int, Collective] = {}
   for name, lines in computations.items():
-    for line in lines:
-      match = _INSTRUCTION.match(line)
-      if match:
-        count = counts.get(name)
-        found += [] if count == 0 else [_read(match, name, num_devices, count)]
-  return found
+    for match in filter(None, map(_INSTRUCTION.match, lines)):
+      one = _read(match, name, num_devices, counts.get(name))
+      channel = _CHANNEL.search(match["rest"])
+      key = channel[1] if channel else len(found)
+      # TPUs' compiler writes a gather that goes on beside others once into each of them, and those may be in loops.
+      if key not in found or _times(one) < _times(found[key]):
+        found[key] = one
+  return [one for one in found.values() if one.count != 0]
+
+
+def _times(one: Collective) -> float:
+  return math.inf if one.count is None else one.count
 
 
 def _read(match: re.Match, computation: str, num_devices: int, count: int | None) -> Collective:
@@ -120,8 +132,8 @@ def _counts(computations: dict[str, list[str]], entry: str) -> dict[str, int | N
     known = counts.get(name, 0)
     counts[name] = None if known is None or times is None else known + times
     for line in computations[name]:
-      condition = _CONDITION.search(line)
-      rounds = _rounds(line, computations.get(condition[1], [])) if condition else 1
+      condition, body = _CONDITION.search(line), _BODY.search(line)
+      rounds = _rounds(line, computations[condition[1]], computations[body[1]]) if condition and body else 1
       for called in _called(line):
         visit(called, None if times is None or rounds is None else times * rounds)
 
@@ -129,13 +141,35 @@ def _counts(computations: dict[str, list[str]], entry: str) -> dict[str, int | N
   return counts
 
 
-def _rounds(loop: str, condition: list[str]) -> int | None:
+def _rounds(loop: str, condition: list[str], body: list[str]) -> int | None:
   """How often the body of a loop runs, or None where it is not told."""
   if match := _TRIPS.search(loop):
     return int(match[1])
-  limits = [match[1] for line in condition if (match := _LIMIT.search(line))]
-  constants = [re.search(rf"%?{re.escape(name)} = .* constant\((\d+)\)", line) for name in limits for line in condition]
-  return next((int(match[1]) for match in constants if match), None)
+  below, results = _first(_BELOW, condition), _first(_RESULTS, body)
+  if not below or not results:
+    return None
+  place = _PLACE.search(_definition(below["counter"], condition))
+  names = re.findall(r"[\w.-]+", re.sub(r"/\*.*?\*/", "", results[1]))
+  added = _SUM.search(_definition(names[int(place[1])], body)) if place else None
+  # Not always by 1: TPUs' compiler unrolls the rings in which shards go around.
+  steps = [step for name in added.groups() if (step := _constant(name, body))] if added else []
+  limit = _constant(below["limit"], condition)
+  return math.ceil(limit / steps[0]) if limit and steps else None
+
+
+def _constant(name: str, lines: list[str]) -> int | None:
+  match = _CONSTANT.search(_definition(name, lines))
+  return int(match[1]) if match else None
+
+
+def _definition(name: str, lines: list[str]) -> str:
+  """The line that begins with a name; empty where there is none."""
+  match = _first(re.compile(rf"^ *(?:ROOT )?%?{re.escape(name)} = "), lines)
+  return match.string if match else ""
+
+
+def _first(pattern: re.Pattern, lines: list[str]) -> re.Match | None:
+  return next((match for line in lines if (match := pattern.search(line))), None)
 
 
 def _called(line: str) -> Iterable[str]:

@@ -12,7 +12,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ml_collections import config_dict
@@ -591,37 +591,12 @@ def from_json(record: dict[str, Any]) -> Config:
   return resolve(config_dict.ConfigDict(sections))
 
 
-# What a resumed run may change: how fast, how long, where and how closely watched. (Another length bends the rest of
-# the learning rate's cosine. The images and weights behind a path have to be the same: `experiment` and `evaluation`
-# check them.)
-_FREE_SETTINGS = (
-  *("run.steps", "run.epochs", "run.log_every_steps", "run.checkpoint_every_steps", "run.keep_checkpoints"),
-  *("run.on_nonfinite", "data.path", "data.num_workers", "data.max_bad_fraction"),
-  *("model.attention", "model.scan_layers", "model.remat", "mesh."),
-)
-_FREE_SETTINGS_OF = {
-  "pretrain": (*_FREE_SETTINGS, "teacher.weights", "eval.", "finetune."),
-  "finetune": (*_FREE_SETTINGS, "finetune.init", "teacher.", "morphing.", "eval."),
-  # The checkpoint's parameters are checked; how they came to be does not matter.
-  "evaluate": (
-    *(*_FREE_SETTINGS, "teacher.", "morphing.", "finetune.", "optim."),
-    *("eval.checkpoint", "eval.batch_size", "eval.figure_images"),
-  ),
-}
-
-
-def settings_that_differ(config: Config, other: Config) -> list[str]:
-  """Names of the settings that make `other` another run than `config`."""
-  free = _FREE_SETTINGS_OF[other.task]
-  pairs = zip(_flatten(to_json(config)), _flatten(to_json(other)), strict=True)
-  return [f"config.{name}" for (name, old), (_, new) in pairs if old != new and not name.startswith(free)]
-
-
-def _flatten(sections: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-  items = []
+def flatten(sections: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Values by dotted name."""
+  flat = {}
   for name, value in sections.items():
-    items += _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
-  return items
+    flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+  return flat
 
 
 def split_form(form: str, names: Collection[str]) -> tuple[str, str]:

@@ -33,6 +33,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
 from dtm_jax import console
+from dtm_jax.config import flatten
 from dtm_jax.errors import InputError, some_of
 
 START_SECONDS = 300  # from the first process to the last one
@@ -219,7 +220,7 @@ def check_same(values: Mapping[str, Any], remedy: str = _SAME_START) -> None:
   """
   if count() == 1:
     return
-  own = _flat(json.loads(json.dumps(values)))
+  own = flatten(json.loads(json.dumps(values)))
   first = from_first(lambda: own)
 
   def compare():
@@ -231,14 +232,6 @@ def check_same(values: Mapping[str, Any], remedy: str = _SAME_START) -> None:
       )
 
   together(compare)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Values by dotted name."""
-  flat = {}
-  for name, value in tree.items():
-    flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-  return flat
 
 
 def check_shared(folder: pathlib.Path) -> None:

@@ -310,7 +310,8 @@ def _few_shot(config: Config, train: Features, test: Features, num_classes: int)
   most = max(config.eval.fewshot)
   if smallest < most:
     logging.warning("few-shot: a class has %d training images; it gives all that it has", smallest)
-  seeds = range(config.run.seed, config.run.seed + config.eval.fewshot_seeds)
+  number = config.eval.fewshot_seeds
+  seeds = range(config.run.seed * number, (config.run.seed + 1) * number)  # runs of other seeds share none
   options = {"num_classes": num_classes, "seeds": seeds}
   shots = {n: linear_probe.few_shot(train, test, per_class=n, **options) for n in config.eval.fewshot}
   return {

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from dtm_jax import __version__, distributed
-from dtm_jax.config import Config, from_json, settings_that_differ
+from dtm_jax.config import Config, flatten, from_json, to_json
 from dtm_jax.errors import InputError
 from dtm_jax.files import replacing
 
@@ -18,6 +18,23 @@ CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.json"
 RUN_AGAIN = "make room, then run the same command again"  # where a file cannot be written
 _REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+# What a resumed run may change: how fast, how long, where and how closely watched. (Another length bends the rest of
+# the learning rate's cosine. The images and weights behind a path have to be the same: `experiment` and `evaluation`
+# check them.)
+_FREE_SETTINGS = (
+  *("run.steps", "run.epochs", "run.log_every_steps", "run.checkpoint_every_steps", "run.keep_checkpoints"),
+  *("run.on_nonfinite", "data.path", "data.num_workers", "data.max_bad_fraction"),
+  *("model.attention", "model.scan_layers", "model.remat", "mesh."),
+)
+_FREE_SETTINGS_OF = {
+  "pretrain": (*_FREE_SETTINGS, "teacher.weights", "eval.", "finetune."),
+  "finetune": (*_FREE_SETTINGS, "finetune.init", "teacher.", "morphing.", "eval."),
+  # The checkpoint's parameters are checked; how they came to be does not matter.
+  "evaluate": (
+    *(*_FREE_SETTINGS, "teacher.", "morphing.", "finetune.", "optim."),
+    *("eval.checkpoint", "eval.batch_size", "eval.figure_images"),
+  ),
+}
 
 
 def create(workdir: pathlib.Path) -> None:
@@ -55,6 +72,15 @@ def _read_record(workdir: pathlib.Path, config: Config) -> dict[str, Any] | None
       f"--workdir={workdir} holds another run: {', '.join(names)} differ; use its settings or another --workdir"
     )
   return record
+
+
+def settings_that_differ(config: Config, other: Config) -> list[str]:
+  """Names of the settings that make `other` another run than `config`."""
+  free = _FREE_SETTINGS_OF[other.task]
+  new = flatten(to_json(other))
+  return [
+    f"config.{name}" for name, old in flatten(to_json(config)).items() if old != new[name] and not name.startswith(free)
+  ]
 
 
 def circumstances(command: str) -> dict[str, Any]:

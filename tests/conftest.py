@@ -7,6 +7,7 @@ import tempfile
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import runs
 
@@ -39,6 +40,19 @@ def golden():
 def compile_cache():
   """The folder of compiled programs, for processes whose environment a test makes itself."""
   return pathlib.Path(COMPILED.name)
+
+
+@pytest.fixture
+def saved_figures(monkeypatch):
+  """A list of matplotlib's figures, as they were when written."""
+  seen, savefig = [], Figure.savefig
+
+  def spy(figure, *args, **settings):
+    seen.append(figure)
+    savefig(figure, *args, **settings)
+
+  monkeypatch.setattr(Figure, "savefig", spy)
+  return seen
 
 
 @pytest.fixture(autouse=True)

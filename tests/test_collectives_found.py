@@ -43,8 +43,8 @@ def test_bytes_groups_and_counts(function, groups, expected):
   assert collectives.find(program.as_text(), 8) == [Collective(*expected)]
 
 
-# Shortened from a step for a v5e slice: a tuple of two kinds, tilings, iota groups, a scan of 12 layers, and the fusion
-# that scatters what it reduces.
+# Shortened from a step for a v5e slice: a tuple of two kinds, tilings, iota groups, a scan of 12 layers, a ring
+# whose loop is unrolled twice, and the fusion that scatters what it reduces.
 TPU = """HloModule jit_train_step
 
 %all-reduce-scatter.1 (input: f32[16,768]) -> f32[4,768] {
@@ -55,6 +55,29 @@ TPU = """HloModule jit_train_step
 
 %body.2 (param.2: (s32[], f32[16,768])) -> (s32[], f32[16,768]) {
   %all-reduce.7 = (f32[12,197]{1,0:T(8,128)}, /*index=1*/bf16[768,3072]{1,0}) all-reduce(%a, %b), replica_groups={{0,4}}
+  %counter.2 = s32[]{:T(128)} get-tuple-element(%param.2), index=0
+  %constant.2 = s32[]{:T(128)} constant(1)
+  %add.2 = s32[]{:T(128)} add(%counter.2, %constant.2)
+  ROOT %tuple.2 = (s32[], f32[16,768]) tuple(%add.2, %x.2)
+}
+
+%ring.4 (param.4: (bf16[96,768], bf16[96,768], u32[])) -> (bf16[96,768], bf16[96,768], u32[]) {
+  %left = bf16[96,768]{1,0} get-tuple-element(%param.4), index=0
+  %right = bf16[96,768]{1,0} get-tuple-element(%param.4), index=1
+  %collective-permute.1 = bf16[96,768]{1,0} collective-permute(%left), source_target_pairs={{0,1},{1,0}}
+  %collective-permute.2 = bf16[96,768]{1,0} collective-permute(%right), source_target_pairs={{1,0},{0,1}}
+  %counter.4 = u32[]{:T(128)} get-tuple-element(%param.4), index=2
+  %constant.4 = u32[]{:T(128)} constant(1)
+  %add.4 = u32[]{:T(128)} add(%counter.4, %constant.4)
+  %constant.5 = u32[]{:T(128)} constant(2)
+  %add.5 = u32[]{:T(128)} add(%counter.4, %constant.5)
+  ROOT %tuple.4 = (bf16[96,768], /*index=1*/bf16[96,768], u32[]) tuple(%left.2, /*index=1*/%right.2, %add.5)
+}
+
+%condition.4 (param.5: (bf16[96,768], bf16[96,768], u32[])) -> pred[] {
+  %constant.6 = u32[]{:T(128)} constant(4)
+  %counter.5 = u32[]{:T(128)} get-tuple-element(%param.5), index=2
+  ROOT %lt.4 = pred[]{:T(512)} compare(%counter.5, %constant.6), direction=LT
 }
 
 %condition.2 (param.1: (s32[], f32[16,768])) -> pred[] {
@@ -65,6 +88,7 @@ TPU = """HloModule jit_train_step
 
 ENTRY %main.3 (param: f32[16,768]) -> f32[4,768] {
   %while.1 = (s32[], f32[16,768]) while(%tuple), condition=%condition.2, body=%body.2
+  %while.4 = (bf16[96,768], bf16[96,768], u32[]) while(%tuple.4), condition=%condition.4, body=%ring.4
   %all-gather-start.1 = (bf16[2,768]{1,0}, bf16[32,768]{1,0}) all-gather-start(%x), replica_groups=[1,16]<=[16]
   %all-gather-start.2 = ((f32[1,4], f32[8]), (f32[16,4], f32[128])) all-gather-start(%v), replica_groups=[1,16]<=[16]
   %all-gather-done.1 = bf16[32,768]{1,0} all-gather-done(%all-gather-start.1)
@@ -78,6 +102,8 @@ def test_what_a_tpus_compiler_writes():
     Collective("all-gather", 16 * 4 * 4 + 128 * 4, 16, 1),
     Collective("all-gather", 32 * 768 * 2, 16, 1),
     Collective("all-reduce", 12 * 197 * 4 + 768 * 3072 * 2, 2, 12),
+    Collective("collective-permute", 96 * 768 * 2, 16, 2),
+    Collective("collective-permute", 96 * 768 * 2, 16, 2),
     Collective("reduce-scatter", 16 * 768 * 4, 4, 1),
   ]
 

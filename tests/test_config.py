@@ -6,6 +6,7 @@ import pytest
 
 from dtm_jax import config as config_lib
 from dtm_jax.errors import InputError
+from dtm_jax.workdir import settings_that_differ
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -14,7 +15,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 def namespace(path: pathlib.Path) -> dict:
   """What a config file defines."""
   defined: dict = {}
-  exec(compile(path.read_text(), path, "exec"), defined)  # noqa: S102
+  exec(compile(path.read_text(), path, "exec"), defined)
   return defined
 
 
@@ -111,9 +112,9 @@ def test_json_and_back():
 def test_what_a_resumed_run_may_change():
   old = config_lib.resolve(config_lib.base())
   free = _with(config_lib.base(), {"run.steps": 7, "data.num_workers": 0, "model.scan_layers": True, "eval.knn": False})
-  assert config_lib.settings_that_differ(old, config_lib.resolve(free)) == []
+  assert settings_that_differ(old, config_lib.resolve(free)) == []
   other = _with(config_lib.base(), {"run.seed": 7, "morphing.draws": 1})
-  assert config_lib.settings_that_differ(old, config_lib.resolve(other)) == ["config.run.seed", "config.morphing.draws"]
+  assert settings_that_differ(old, config_lib.resolve(other)) == ["config.run.seed", "config.morphing.draws"]
 
 
 def test_every_setting_is_read_somewhere():

@@ -8,14 +8,14 @@ import jax
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
+from transformers.models.beit import modeling_beit
 
 from dtm_jax.convert import load_torch, read_weights, save_hugging_face
 from dtm_jax.errors import InputError
 from dtm_jax.models.vit import Classifier, ViT
 
-transformers = pytest.importorskip("transformers")
-beit_module = pytest.importorskip("transformers.models.beit.modeling_beit")
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 # Those of the recorded models, so that one compilation serves all tests.
 SIZES = {"patch_size": 8, "width": 48, "depth": 3, "heads": 3, "grid": (8, 8)}
@@ -78,7 +78,7 @@ def save_old_file(model, folder):
   model.save_pretrained(folder)
   state = load_file(folder / "model.safetensors")
   (folder / "model.safetensors").unlink()
-  index = beit_module.BeitRelativePositionBias.generate_relative_position_index((8, 8))
+  index = modeling_beit.BeitRelativePositionBias.generate_relative_position_index((8, 8))
   tables = [name for name in state if name.endswith("_bias_table")]
   state |= {name.replace("_bias_table", "_index"): index for name in tables}
   torch.save(state, folder / "pytorch_model.bin")

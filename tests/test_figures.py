@@ -62,27 +62,14 @@ def test_settings_go_from_nothing_to_the_whole_budget():
   assert figures.morphing_settings(196, 7) == [(0, 7), (49, 7), (98, 7), (147, 7), (196, 7)]
 
 
-def saved_figure(monkeypatch) -> list[Figure]:
-  """Figures as they were when written."""
-  seen, savefig = [], Figure.savefig
-
-  def spy(figure, *args, **settings):
-    seen.append(figure)
-    savefig(figure, *args, **settings)
-
-  monkeypatch.setattr(Figure, "savefig", spy)
-  return seen
-
-
-def test_morphing_figure_shows_images_groups_and_counts(tmp_path, monkeypatch):
-  seen = saved_figure(monkeypatch)
+def test_morphing_figure_shows_images_groups_and_counts(tmp_path, saved_figures):
   images = np.stack([skimage.data.astronaut()[:224, :224], skimage.data.coffee()[:224, :224]])
   half = np.arange(196) // 2 * 2
   labels = np.stack([np.stack([np.arange(196), half]), np.stack([np.arange(196), half[::-1].copy()])])
   path = tmp_path / "figures" / "morphing.png"
   figures.morphing_figure(path, images, labels, [(0, 7), (98, 7)], (14, 14))
 
-  panels = np.reshape(seen[0].axes, (2, 3))
+  panels = np.reshape(saved_figures[0].axes, (2, 3))
   titles = [panel.get_title() for panel in panels[0]]
   assert titles == ["image", "n = 0, k = 7:\n196 groups", "n = 98, k = 7:\n98 groups"]
   np.testing.assert_array_equal(panels[1, 0].images[0].get_array(), images[1])
@@ -110,13 +97,12 @@ def test_running_mean_equals_a_plain_loop():
 
 
 @pytest.mark.parametrize(("points", "lines"), [(1, 1), (39, 1), (200, 2)])
-def test_loss_figure_smooths_long_curves(points, lines, tmp_path, monkeypatch):
-  seen = saved_figure(monkeypatch)
+def test_loss_figure_smooths_long_curves(points, lines, tmp_path, saved_figures):
   steps, losses = np.arange(points) * 10, np.linspace(1, 0, points)
   figures.loss_figure(
     tmp_path / "loss.png", steps, {"morphed": losses, "token-wise": 2 * losses}, np.full(points, 1e-3)
   )
-  loss_panel, lr_panel = seen[0].axes
+  loss_panel, lr_panel = saved_figures[0].axes
   assert len(loss_panel.lines) == 2 * lines
   np.testing.assert_array_equal(loss_panel.lines[0].get_xydata(), np.stack([steps, losses], axis=-1))
   np.testing.assert_array_equal(lr_panel.lines[0].get_ydata(), np.full(points, 1e-3))

@@ -543,7 +543,7 @@ def in_a_users_folder(finetuned, files, tmp_path, monkeypatch):
 def test_the_pages_code_runs():
   names = {}
   for marker in ("features", "classify"):
-    exec(code_after(marker), names)  # noqa: S102
+    exec(code_after(marker), names)
   assert names["pooled"].shape == (2, 96)
   assert names["tokens"].shape == (2, 16, 96)
   assert names["probabilities"].shape == (1, names["classifier"].num_classes)
@@ -554,5 +554,5 @@ def test_the_pages_code_runs():
 def test_the_pages_code_of_files_runs():
   names = {}
   for marker in ("features", "classify", "export", "without"):
-    exec(code_after(marker), names)  # noqa: S102
+    exec(code_after(marker), names)
   assert names["probabilities"].shape == (3, names["classifier"].num_classes)

@@ -114,7 +114,7 @@ def test_a_recorded_fine_tuning_is_repeated(capsys, tmp_path):
 
 def test_the_pasted_recorder_makes_a_trace_that_is_repeated(tmp_path):
   pasted = {}
-  exec(code_after("recorder"), pasted)  # noqa: S102
+  exec(code_after("recorder"), pasted)
   torch.manual_seed(0)
   student = torch_models.Student(torch_models.Variant(48, 1, 3, 0.1), grid=(4, 4), patch_size=8, out_dim=32)
   teacher = fitted_teacher(GOLDEN / "clip_vision_tiny.pth", (4, 4))

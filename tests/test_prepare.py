@@ -147,7 +147,7 @@ def test_an_interrupted_run_goes_on_where_it_was(idx_folder, tmp_path, monkeypat
     break_after(patch, 19)  # in the third shard of `train`
     with pytest.raises(KeyboardInterrupt):
       run(idx_folder, f"--out={out}")
-  with pytest.raises(InputError):
+  with pytest.raises(InputError, match="my_digits"):
     open_split(out, "my_digits")
   shards = sorted((out / "my_digits" / "incomplete.1.0.0").glob("my_digits*"))
   assert len(shards) == 2

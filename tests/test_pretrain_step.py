@@ -15,7 +15,7 @@ from dtm_jax.convert import load_torch
 from dtm_jax.models.clip import ClipVision
 from dtm_jax.models.vit import ViT
 from dtm_jax.optim import create_optimizer
-from dtm_jax.steps.pretrain import draw_schedules, make_loss, make_train_step
+from dtm_jax.steps.pretrain import draw_schedules, make_loss, make_train_step, row_keys
 from dtm_jax.teachers import ClipTeacher, PixelsTeacher
 from dtm_jax.train_state import NEVER, create_train_state, params_sha256
 
@@ -113,8 +113,17 @@ def test_seed_and_step_alone_decide_a_step():
   changes = {"morphing__split": "random", "model__drop_path": 0.5, "data__color_jitter": 0.4}
   config = make_config(**changes)
   digests = [params_sha256(run_steps(config)[0].params) for _ in range(2)]
-  other = params_sha256(run_steps(make_config(**changes, run__seed=1))[0].params)
-  assert digests[0] == digests[1] != other
+  assert digests[0] == digests[1]
+  drawn = [step_draws(make_config(**changes, run__seed=seed), step) for seed, step in ((0, 5), (1, 5), (0, 6))]
+  assert drawn[0].keys() == {"schedules", "jitter_keys", "drop_path_keys", "split_keys"}
+  for name in drawn[0]:
+    assert not any(np.array_equal(drawn[0][name], other[name]) for other in drawn[1:]), name
+
+
+def step_draws(config: config_lib.Config, step: int) -> dict[str, np.ndarray]:
+  """All that is random in a step, as numbers."""
+  keys = {name: jax.random.key_data(keys) for name, keys in row_keys(config, step).items()}
+  return {"schedules": np.stack(draw_schedules(config, step)), **keys}
 
 
 def test_state_stays_as_it_was_from_the_first_non_finite_step_on():

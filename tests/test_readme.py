@@ -43,7 +43,7 @@ def test_links_and_named_files_exist():
 
 @pytest.mark.parametrize("text", PYTHON)
 def test_python_examples_run(text):
-  exec(text, {})  # noqa: S102
+  exec(text, {})
 
 
 @pytest.fixture(scope="module")

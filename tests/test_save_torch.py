@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -90,7 +91,6 @@ def test_entries_are_stored_aligned_and_the_same_every_time(tmp_path):
   ids=["rows", "columns", "every other"],
 )
 def test_arrays_in_any_memory_order_and_jax_arrays_are_written(tmp_path, order):
-  jax = pytest.importorskip("jax")
   kind, _, params = golden("student_tiny.pth")
   odd = jax.tree.map(order, params)
   odd["norm"] = jax.device_put(params["norm"])

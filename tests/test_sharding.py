@@ -21,7 +21,7 @@ from test_collectives import collectives
 from configs import finetune_quickstart, quickstart
 from dtm_jax import config as config_lib
 from dtm_jax import experiment, finetuning, pretraining, sharding
-from dtm_jax.axes import BATCH, HEADS, MESH_AXES, MLP
+from dtm_jax.axes import BATCH, HEADS, MESH_AXES, MLP, OUT
 from dtm_jax.checkpoint import CheckpointStore
 from dtm_jax.config import MeshConfig, OptimConfig
 from dtm_jax.convert import load_torch
@@ -132,7 +132,7 @@ def test_the_optimizers_state_lies_where_its_parameters_do():
 
 
 def constrained(model, *inputs) -> collections.Counter:
-  """How often a model of batches of two tells who holds an activation, by its shape and axes."""
+  """How often a model of batches of two tells who holds an activation or kernel, by its shape and axes."""
   seen = collections.Counter()
 
   def constrain(x, axes):
@@ -147,7 +147,7 @@ def constrained(model, *inputs) -> collections.Counter:
 
 
 @pytest.mark.parametrize("kind", ["student", "scanned", "classifier", "clip_vision"])
-def test_activations_are_constrained_at_the_bounds_of_blocks_and_inside(kind):
+def test_activations_and_kernels_in_use_are_constrained(kind):
   sizes = {"width": 8, "depth": 3, "heads": 2, "patch_size": 4, "grid": (2, 2)}
   images, mask = jnp.zeros((2, 8, 8, 3)), jnp.zeros((2, 4), bool)
   model, *inputs = {
@@ -158,7 +158,13 @@ def test_activations_are_constrained_at_the_bounds_of_blocks_and_inside(kind):
   }[kind]
   blocks = 1 if kind == "scanned" else 3
   output = {"classifier": ((2, 6), (BATCH, None)), "clip_vision": ((2, 5, 6), (BATCH, None, None))}
+  head = {} if kind == "clip_vision" else {((8, 6), (None, OUT)): 1}
   assert constrained(model, *inputs) == {
+    **head,
+    ((8, 8), (None, HEADS)): 3 * blocks,
+    ((8, 8), (HEADS, None)): blocks,
+    ((8, 32), (None, MLP)): blocks,
+    ((32, 8), (MLP, None)): blocks,
     ((2, 5, 8), (BATCH, None, None)): 1 + 2 * blocks,
     ((2, 5, 2, 4), (BATCH, None, HEADS, None)): 3 * blocks,
     ((2, 5, 32), (BATCH, None, MLP)): blocks,

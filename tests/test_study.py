@@ -11,8 +11,8 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
-from PIL import Image
 
 import runs
 from dtm_jax import config as config_lib
@@ -21,6 +21,7 @@ from dtm_jax.optim import warmup_cosine
 from dtm_jax.study import pictures, results, runner
 from dtm_jax.study.__main__ import main
 from dtm_jax.study.plan import Cell, Study, read_study
+from dtm_jax.workdir import settings_that_differ
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHIPPED = "configs/study_fashion_mnist.py"
@@ -54,9 +55,12 @@ def shipped(scale: str, folder: pathlib.Path = pathlib.Path("STUDY")) -> Study:
   return read_study(SHIPPED, scale, ["--config.data.path=DATA"], folder)
 
 
-@pytest.mark.parametrize("scale", ["ci", "cpu", "arms", "noisy", "gpu"])
-def test_cells_come_after_what_they_need(scale):
+@pytest.mark.parametrize(
+  ("scale", "number"), [("ci", 14), ("cpu", 36), ("arms", 98), ("long", 26), ("noisy", 48), ("gpu", 268)]
+)
+def test_cells_come_after_what_they_need(scale, number):
   study = shipped(scale)
+  assert len(study.cells) == number
   names = [cell.name for cell in study.cells]
   assert len({*names}) == len(names)
   assert all(not cell.needs or cell.needs in names[:i] for i, cell in enumerate(study.cells))
@@ -80,19 +84,19 @@ def test_the_cells_of_one_student():
 def test_arms_differ_in_what_their_name_says_alone():
   cells = {cell.name: cell.config for cell in shipped("gpu").cells}
   baseline = cells["raw-hog/token-wise/seed2/train"]
-  differ = {
-    arm: config_lib.settings_that_differ(baseline, cells[f"raw-hog/{arm}/seed2/train"])
-    for arm in ("dtm", "half-budget", "fixed-n", "fixed-k", "per-image", "random-split")
+  expected = {
+    "dtm": {},
+    "half-budget": {"budget": 98},
+    "fixed-n": {"fixed_num_merged": 98},
+    "fixed-k": {"fixed_iterations": 7},
+    "per-image": {"granularity": "image"},
+    "random-split": {"split": "random"},
   }
-  always = ["config.morphing.enabled"]
-  assert differ == {
-    "dtm": always,
-    "half-budget": [*always, "config.morphing.budget"],
-    "fixed-n": [*always, "config.morphing.fixed_num_merged"],
-    "fixed-k": [*always, "config.morphing.fixed_iterations"],
-    "per-image": [*always, "config.morphing.granularity"],
-    "random-split": [*always, "config.morphing.split"],
-  }
+  for arm, morphing in expected.items():
+    config = cells[f"raw-hog/{arm}/seed2/train"]
+    own = {"enabled": True, **morphing}
+    assert settings_that_differ(baseline, config) == [f"config.morphing.{name}" for name in own]
+    assert {name: getattr(config.morphing, name) for name in own} == own
 
 
 @pytest.mark.parametrize("scale", ["cpu", "gpu"])
@@ -173,34 +177,59 @@ The teacher's own classifier: 77.7 %.
 """
 
 
-def record(folder: pathlib.Path, summary: dict) -> None:
-  folder.mkdir(parents=True)
-  (folder / "summary.json").write_text(json.dumps(summary))
-  (folder / "cell.json").write_text("{}")
+def mark_done(folder: pathlib.Path, cell: Cell) -> None:
+  (folder / cell.name).mkdir(parents=True, exist_ok=True)
+  (folder / cell.name / runner.DONE_FILE).write_text(json.dumps(config_lib.to_json(cell.config)))
 
 
 @pytest.fixture
 def recorded(tmp_path):
+  summaries = {"hog/teacher/train": {"top1": 0.777}, "hog/teacher/evaluate": {"knn_top1": 0.66}}
   for (arm, seed), scores in RECORDED.items():
-    record(tmp_path / f"hog/{arm}/seed{seed}/evaluate", scores)
+    summaries[f"hog/{arm}/seed{seed}/train"] = {}
+    summaries[f"hog/{arm}/seed{seed}/evaluate"] = scores
     if "few" in scores:
-      record(tmp_path / f"hog/{arm}/seed{seed}/few", {"top1": scores["few"]})
-  record(tmp_path / "hog/teacher/evaluate", {"knn_top1": 0.66})
-  record(tmp_path / "hog/teacher/train", {"top1": 0.777})
+      summaries[f"hog/{arm}/seed{seed}/few"] = {"top1": scores["few"]}
+  config, cells = config_lib.resolve(config_lib.base()), []
+  for name, summary in summaries.items():
+    trained = name.rpartition("/")[0] + "/train"
+    cells.append(Cell(name, (), config, "" if name == trained else trained))
+    mark_done(tmp_path, cells[-1])
+    (tmp_path / name / "summary.json").write_text(json.dumps(summary))
   arms = ("fixed-n", "token-wise", "dtm")
-  return Study("study:ci", tmp_path, (0, 1, 2), ("hog",), arms, "", "token-wise", ("few",), (10,), "", ())
+  return Study("study:ci", tmp_path, (0, 1, 2), ("hog",), arms, "", "token-wise", ("few",), (10,), "", (*cells,))
 
 
-def test_table_of_recorded_summaries(recorded):
-  path = results.write(recorded)
+def test_table_of_recorded_summaries(recorded, tmp_path):
+  path = results.write(tmp_path, results.collect(recorded))
   assert path.read_text().endswith(TABLE)
 
 
-def test_a_run_under_way_is_not_in_the_table(recorded):
+def with_seed(study: Study, name: str, seed: int) -> Study:
+  """With one cell's settings changed, as by an edited page."""
+
+  def changed(cell):
+    if cell.name != name:
+      return cell
+    return dataclasses.replace(
+      cell, config=dataclasses.replace(cell.config, run=dataclasses.replace(cell.config.run, seed=seed))
+    )
+
+  return dataclasses.replace(study, cells=(*map(changed, study.cells),))
+
+
+def test_a_run_that_is_not_complete_is_not_in_the_table(recorded):
+  def third(study):
+    found = results.collect(study)
+    entries = found["teachers"]["hog"]["arms"]["dtm"]["k-NN"]
+    return found["cells_done"], entries["values"], entries["std"]
+
+  number, of_two = len(recorded.cells), ({"0": 0.72, "1": 0.80}, pytest.approx(0.08 / 2**0.5))
+  assert third(recorded)[:2] == (number, {"0": 0.72, "1": 0.80, "2": 0.88})
+  assert third(with_seed(recorded, "hog/dtm/seed2/evaluate", 7)) == (number - 1, *of_two)  # of other settings
+  assert third(with_seed(recorded, "hog/dtm/seed2/train", 7)) == (number - 2, *of_two)  # nor what it began from
   (recorded.folder / "hog/dtm/seed2/evaluate/cell.json").unlink()
-  entries = results.collect(recorded)["teachers"]["hog"]["arms"]["dtm"]["k-NN"]
-  assert entries["values"] == {"0": 0.72, "1": 0.80}
-  assert entries["std"] == pytest.approx(0.08 / 2**0.5)
+  assert third(recorded) == (number - 1, *of_two)  # under way
 
 
 def test_differences_are_of_the_same_seeds():
@@ -208,19 +237,38 @@ def test_differences_are_of_the_same_seeds():
   assert found == pytest.approx([-0.1, 0.2])
 
 
-def test_pictures_of_whatever_steps_there_are(tmp_path):
+def test_pictures_of_whatever_steps_there_are(tmp_path, saved_figures):
   one, other = ((0, 5, 10), (0.3, 0.2, 0.1)), ((0, 5), (0.5, 0.2))
   panels = {"hog": {"token-wise": [one, other], "dtm": [one]}, "pixels": {"dtm": [((0,), (0.5,))]}}
-  pictures.curves_figure(tmp_path / "loss.png", panels, "loss", window=5)
-  with Image.open(tmp_path / "loss.png") as image:
-    assert image.width > 2 * image.height
+  pictures.curves_figure(tmp_path / "loss.png", panels, "loss", window=1, scale=100)
+  hog, pixels = saved_figures[0].axes
+  assert (hog.get_title(), pixels.get_title()) == ("teacher: hog", "teacher: pixels")
+  mean, single = hog.lines
+  np.testing.assert_allclose(mean.get_xydata(), [(0, 40), (5, 20)])  # of the steps that both seeds have
+  np.testing.assert_allclose(single.get_xydata(), [(0, 30), (5, 20), (10, 10)])
+  band = hog.collections[0].get_paths()[0].vertices
+  assert {tuple(point) for point in band.round(9)} == {(0, 30), (0, 50), (5, 20)}
+  np.testing.assert_allclose(pixels.lines[0].get_xydata(), [(0, 50)])
 
 
-def test_the_picture_of_differences(recorded, tmp_path):
+def test_the_picture_of_differences(recorded, tmp_path, saved_figures):
   path = tmp_path / "differences.png"
   pictures.differences_figure(path, results.collect(recorded))
-  with Image.open(path) as image:
-    assert image.width > 3 * image.height  # four readouts beside each other, two arms
+  knn, _, _, few = saved_figures[0].axes
+  assert [panel.get_title() for panel in saved_figures[0].axes] == ["k-NN", "linear", "10-shot", "few"]
+  assert [label.get_text() for label in knn.get_yticklabels()] == ["fixed-n", "dtm"]
+
+  def drawn(panel):
+    """Points of the seeds, the mean, and the ends of its error bar where it has one."""
+    seeds, mean, *_ = panel.lines
+    ends = [segment[:, 0].tolist() for bars in panel.collections for segment in bars.get_segments()]
+    return sorted(seeds.get_xdata()), mean.get_xdata()[0], ends
+
+  # By hand, as in TABLE.
+  assert drawn(knn) == (pytest.approx([2, 6]), pytest.approx(4), [pytest.approx([2, 6])])
+  assert drawn(few) == (pytest.approx([1]), pytest.approx(1), [])
+  pictures.differences_figure(path, results.collect(recorded), leave_out="fixed-n")
+  assert [label.get_text() for label in saved_figures[1].axes[0].get_yticklabels()] == ["dtm"]
   path.unlink()
   pictures.differences_figure(path, results.collect(dataclasses.replace(recorded, arms=("token-wise",))))
   assert not path.exists()  # nothing to compare
@@ -309,20 +357,6 @@ def test_stopped_or_killed_the_same_command_goes_on(page, tmp_path, compile_cach
   assert len(logs) == 2
   assert "2 of 2 cells are complete already" in finish_well(start_study(end))
   assert {path: path.read_text() for path in logs} == logs
-
-
-def mark_done(folder: pathlib.Path, cell: Cell) -> None:
-  (folder / cell.name).mkdir(parents=True, exist_ok=True)
-  (folder / cell.name / runner.DONE_FILE).write_text(json.dumps(config_lib.to_json(cell.config)))
-
-
-def test_a_cell_of_other_settings_is_not_complete(tmp_path):
-  cell = shipped("ci", tmp_path).cells[0]
-  assert not runner.is_done(tmp_path, cell)
-  mark_done(tmp_path, cell)
-  assert runner.is_done(tmp_path, cell)
-  longer = dataclasses.replace(cell.config, run=dataclasses.replace(cell.config.run, steps=10**6))
-  assert not runner.is_done(tmp_path, dataclasses.replace(cell, config=longer))
 
 
 def test_what_begins_from_an_incomplete_cell_is_not_complete(tmp_path):

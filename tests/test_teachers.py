@@ -6,6 +6,7 @@ import logging
 import pathlib
 import sys
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -156,11 +157,10 @@ class Hub:
   """huggingface_hub's two functions, over a dict of files instead of a network."""
 
   def __init__(self, monkeypatch, tmp_path, files: dict[str, bytes], cached: bool = False, online: bool = True):
-    hub = pytest.importorskip("huggingface_hub")
-    self.errors = pytest.importorskip("huggingface_hub.errors")
+    self.errors = huggingface_hub.errors
     self.files, self.folder, self.cached, self.online, self.asked = files, tmp_path, cached, online, []
-    monkeypatch.setattr(hub, "hf_hub_download", self.download)
-    monkeypatch.setattr(hub, "try_to_load_from_cache", self.look)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.download)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", self.look)
 
   def place(self, file: str) -> str:
     (self.folder / file).write_bytes(self.files[file])

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
+from transformers.models.beit import modeling_beit
 
 import dtm_jax
 from dtm_jax.errors import InputError
@@ -367,8 +369,7 @@ def test_learning_rate_equals_the_recorded_schedule():
 
 
 def test_bias_index_equals_transformers_on_a_rectangle():
-  beit = pytest.importorskip("transformers.models.beit.modeling_beit")
-  expected = beit.BeitRelativePositionBias.generate_relative_position_index((3, 5))
+  expected = modeling_beit.BeitRelativePositionBias.generate_relative_position_index((3, 5))
   np.testing.assert_array_equal(torch_models.RelativePositionBias((3, 5), 1).relative_position_index, expected)
 
 
@@ -441,7 +442,6 @@ def save_for_transformers(folder, config, state: dict[str, torch.Tensor], parts:
 
 
 def test_both_beits_equal_transformers(tmp_path):
-  transformers = pytest.importorskip("transformers")
   images = random_tokens(2, 3, 32, 32)
   mask = torch.arange(16) % 3 == torch.tensor([[0], [1]])
   size = Variant(width=24, depth=2, heads=3, layer_scale=0.1)
@@ -473,7 +473,6 @@ def test_both_beits_equal_transformers(tmp_path):
 
 
 def test_clip_tower_equals_transformers(tmp_path):
-  transformers = pytest.importorskip("transformers")
   tower = with_random_parameters(torch_models.ClipVision((4, 4), 8, 128, 2, 5))
   config = transformers.CLIPVisionConfig(
     **{"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2},

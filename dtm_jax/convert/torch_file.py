@@ -118,7 +118,7 @@ def _unpickle(archive: _Archive) -> object:
     raise InputError(f"{archive.path} is refused: data.pkl has {len(program)} bytes, too many for weights; {_RESAVE}")
   try:
     return _Machine(archive).run(program)
-  except InputError:
+  except (InputError, MemoryError):
     raise
   except Exception as error:  # a damaged program may fail anywhere
     reason = shown(f"{type(error).__name__}: {error}")

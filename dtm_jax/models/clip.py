@@ -5,6 +5,7 @@ blocks, QuickGELU, LayerNorm eps 1e-5, a LayerNorm before the blocks, no bias on
 the patch embedding, a linear projection after the last LayerNorm.
 """
 
+import functools
 import math
 
 import flax.linen as nn
@@ -57,10 +58,11 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     width = x.shape[-1]
-    features = (Dense(width, dtype=self.dtype, name=name)(x).reshape(*x.shape[:-1], self.heads, -1) for name in "qkv")
+    dense = functools.partial(Dense, width, dtype=self.dtype, constrain=self.constrain)
+    features = (dense(axes=(None, HEADS), name=name)(x).reshape(*x.shape[:-1], self.heads, -1) for name in "qkv")
     query, key, value = (self.constrain(of_heads, (BATCH, None, HEADS, None)) for of_heads in features)
     attended = dot_product_attention(query, key, value, None, self.implementation)
-    return Dense(width, dtype=self.dtype, name="proj")(attended.reshape(x.shape))
+    return dense(axes=(HEADS, None), name="proj")(attended.reshape(x.shape))
 
 
 class Mlp(nn.Module):
@@ -72,9 +74,10 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     width = x.shape[-1]
-    hidden = Dense(_MLP_RATIO * width, dtype=self.dtype, name="fc1")(x)
+    dense = functools.partial(Dense, dtype=self.dtype, constrain=self.constrain)
+    hidden = dense(_MLP_RATIO * width, axes=(None, MLP), name="fc1")(x)
     hidden = quick_gelu(self.constrain(hidden, (BATCH, None, MLP)))
-    return Dense(width, dtype=self.dtype, name="fc2")(hidden)
+    return dense(width, axes=(MLP, None), name="fc2")(hidden)
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# (activation, logical axis or None of each of its axes) -> the activation, told who holds it.
+# (activation or kernel in use, logical axis or None of each of its axes) -> the same, told who holds it.
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 
 
@@ -72,18 +72,25 @@ class LayerNorm(nn.Module):
 
 
 class Dense(nn.Module):
-  """`nn.Dense`'s parameters on [..., D] flattened to rows: one plain matrix product forward and two backward."""
+  """`nn.Dense`'s parameters on [..., D] flattened to rows: one plain matrix product forward and two backward.
+
+  Attributes:
+    axes: the logical axes along which the kernel stays split in the product. Along others its shards are gathered
+      first: left to itself, XLA for TPUs sends them around anew in each product, backward ones included.
+  """
 
   features: int
   use_bias: bool = True
   dtype: jnp.dtype = jnp.float32
   kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+  constrain: Constrain = unconstrained
+  axes: tuple[str | None, str | None] = (None, None)
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     width = x.shape[-1]
     kernel = self.param("kernel", self.kernel_init, (width, self.features))
-    rows = x.reshape(-1, width).astype(self.dtype) @ kernel.astype(self.dtype)
+    rows = x.reshape(-1, width).astype(self.dtype) @ self.constrain(kernel.astype(self.dtype), self.axes)
     if self.use_bias:
       # Added in float32, so that its gradient, a sum over all rows, is in float32, too.
       rows = (rows + self.param("bias", nn.initializers.zeros, (self.features,))).astype(self.dtype)

@@ -1,12 +1,13 @@
 """BEiT-style ViTs with relative position bias: the student of pre-training, and the classifier of fine-tuning."""
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dtm_jax.axes import BATCH, HEADS, MLP
+from dtm_jax.axes import BATCH, HEADS, MLP, OUT
 from dtm_jax.models.attention import dot_product_attention, num_relative_positions, relative_position_bias
 from dtm_jax.models.layers import Constrain, Dense, LayerNorm, PatchEmbed, gelu, unconstrained
 
@@ -48,16 +49,17 @@ class Attention(nn.Module):
     batch, length, width = x.shape
     table = self.param("rel_pos_bias", nn.initializers.zeros, (num_relative_positions(self.grid), self.heads))
     table = table if shared_table is None else table + shared_table
+    dense = functools.partial(Dense, width, dtype=self.dtype, constrain=self.constrain)
 
     def heads_of(name: str, use_bias: bool) -> jax.Array:
-      dense = Dense(width, use_bias=use_bias, dtype=self.dtype, kernel_init=self.kernel_init(1.0), name=name)
-      features = dense(x).reshape(batch, length, self.heads, width // self.heads)
+      features = dense(use_bias=use_bias, kernel_init=self.kernel_init(1.0), axes=(None, HEADS), name=name)(x)
+      features = features.reshape(batch, length, self.heads, width // self.heads)
       return self.constrain(features, (BATCH, None, HEADS, None))
 
     query, key, value = heads_of("q", True), heads_of("k", False), heads_of("v", True)
     bias = relative_position_bias(table, self.grid)
     attended = dot_product_attention(query, key, value, bias, self.implementation).reshape(x.shape)
-    return Dense(width, dtype=self.dtype, kernel_init=self.kernel_init(self.depth_divisor), name="proj")(attended)
+    return dense(kernel_init=self.kernel_init(self.depth_divisor), axes=(HEADS, None), name="proj")(attended)
 
 
 class Mlp(nn.Module):
@@ -71,9 +73,10 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     width = x.shape[-1]
-    x = Dense(_MLP_RATIO * width, dtype=self.dtype, kernel_init=self.kernel_init(1.0), name="fc1")(x)
+    dense = functools.partial(Dense, dtype=self.dtype, constrain=self.constrain)
+    x = dense(_MLP_RATIO * width, kernel_init=self.kernel_init(1.0), axes=(None, MLP), name="fc1")(x)
     x = gelu(self.constrain(x, (BATCH, None, MLP)))
-    return Dense(width, dtype=self.dtype, kernel_init=self.kernel_init(self.depth_divisor), name="fc2")(x)
+    return dense(width, kernel_init=self.kernel_init(self.depth_divisor), axes=(MLP, None), name="fc2")(x)
 
 
 class Block(nn.Module):
@@ -195,7 +198,9 @@ class ViT(Backbone, kw_only=True):
     rows = num_relative_positions(self.grid)
     self.rel_pos_bias = self.param("rel_pos_bias", nn.initializers.zeros, (rows, self.heads))
     self.norm = LayerNorm(_EPSILON, jnp.float32)
-    self.head = Dense(self.out_dim, dtype=self.dtype, kernel_init=truncated_normal())
+    self.head = Dense(
+      self.out_dim, dtype=self.dtype, kernel_init=truncated_normal(), constrain=self.constrain, axes=(None, OUT)
+    )
 
   def __call__(self, images: jax.Array, mask: jax.Array, image_keys: jax.Array | None = None) -> jax.Array:
     """Predicted target tokens.
@@ -243,7 +248,8 @@ class Classifier(Backbone, kw_only=True):
     super().setup()
     self.fc_norm = LayerNorm(_EPSILON, self.dtype)
     # A division by 1 / scale: the head starts near zero.
-    self.head = Dense(self.num_classes, dtype=self.dtype, kernel_init=normal(1 / _HEAD_INIT_SCALE))
+    init = normal(1 / _HEAD_INIT_SCALE)
+    self.head = Dense(self.num_classes, dtype=self.dtype, kernel_init=init, constrain=self.constrain, axes=(None, OUT))
 
   def __call__(self, images: jax.Array, image_keys: jax.Array | None = None) -> jax.Array:
     """Class scores.

@@ -153,10 +153,11 @@ def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     with path.open("rb") as stream, _open_archive(stream) as archive:
       names = [name for name in archive.files if name.startswith(FINAL) or name in _known_fields()]
       return {name: _read_array(archive, name) for name in names}
-  except Exception as error:  # of zipfile, zlib and numpy: what a damaged file raises is documented nowhere
+  except Exception as error:  # of zipfile, zlib and numpy, also a MemoryError at a header that claims terabytes
     reason = " ".join(str(error).split()) or type(error).__name__
     raise InputError(
-      f"{path} cannot be read as a trace ({reason}); it is damaged, or was not made by np.savez"
+      f"{path} cannot be read as a trace ({reason}); it is damaged, too large for this machine's memory, or was not made "
+      "by np.savez"
     ) from error
 
 

@@ -84,8 +84,9 @@ def _run(study: Study, jobs: int | None) -> int:
 
 
 def _report(study: Study) -> pathlib.Path:
-  pictures.draw(study)
-  return results.write(study)
+  found = results.collect(study)
+  pictures.draw(study, found)
+  return results.write(study.folder, found)
 
 
 if __name__ == "__main__":

@@ -24,14 +24,22 @@ Curve = tuple[Sequence[int], Sequence[float]]  # steps, ascending, and values
 Panels = Mapping[str, Mapping[str, Sequence[Curve]]]  # by teacher and arm, of its seeds
 
 
-def draw(study: Study) -> None:
-  """Writes what can be drawn of the cells that have run so far. Raises InputError where a file cannot be written."""
+def draw(study: Study, found: Mapping[str, Any]) -> None:
+  """Writes what can be drawn of the cells that have run so far.
+
+  Args:
+    study: whose curves and token groups are drawn.
+    found: see `results.collect`.
+
+  Raises:
+    InputError: a file cannot be written.
+  """
   folder = study.folder / "figures"
   if losses := _curves(study, "token_loss"):
     curves_figure(folder / "loss.png", losses, "token-wise distance to the teacher", window=_SMOOTHED_STEPS)
   if accuracies := _curves(study, "knn_top1"):
     curves_figure(folder / "accuracy.png", accuracies, "k-NN accuracy, %", window=1, scale=100)
-  differences_figure(folder / "differences.png", results.collect(study), but=study.untrained)
+  differences_figure(folder / "differences.png", found, leave_out=study.untrained)
   for teacher in study.teachers:
     _copy_token_groups(study, teacher, folder / f"tokens_{teacher}.png")
 
@@ -100,7 +108,7 @@ def _draw_mean(panel: Axes, curves: Sequence[Curve], name: str, window: int) -> 
   panel.fill_between(shared, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.15, linewidth=0)
 
 
-def differences_figure(path: str | os.PathLike, found: Mapping[str, Any], *, but: str = "") -> None:
+def differences_figure(path: str | os.PathLike, found: Mapping[str, Any], *, leave_out: str = "") -> None:
   """Writes a PNG: how much better than the baseline each arm is by each readout, and how sure that is.
 
   A row of panels for each teacher, a panel for each readout, in it a dot for each seed and the mean with its standard
@@ -109,14 +117,14 @@ def differences_figure(path: str | os.PathLike, found: Mapping[str, Any], *, but
   Args:
     path: file to write; its folder is made where it is missing.
     found: see `results.collect`.
-    but: an arm to leave out; students without pre-training are so much worse that the others would look the same.
+    leave_out: an arm; students without pre-training are so much worse that the others would look the same.
 
   Raises:
     InputError: the file cannot be written.
   """
   baseline = found["baseline"]
   rows = {
-    teacher: {arm: entries for arm, entries in of_teacher["arms"].items() if arm not in (baseline, but)}
+    teacher: {arm: entries for arm, entries in of_teacher["arms"].items() if arm not in (baseline, leave_out)}
     for teacher, of_teacher in found["teachers"].items()
   }
   entries = [entry for arms in rows.values() for columns in arms.values() for entry in columns.values()]
@@ -146,6 +154,11 @@ def _draw_difference(panel: Axes, place: int, entry: Mapping[str, Any], own: Map
   if "difference_mean" not in entry:
     return
   seeds = 100 * np.array(results.paired_differences(entry["values"], own["values"]))
-  error = 100 * (entry["difference_standard_error"] or 0.0)
+  error = entry["difference_standard_error"]  # None for one seed
   panel.plot(seeds, np.full(len(seeds), place), ".", color="0.6", markersize=5)
-  panel.errorbar(100 * entry["difference_mean"], place, xerr=error, fmt="o", color="tab:blue", markersize=4, capsize=3)
+  panel.errorbar(
+    100 * entry["difference_mean"],
+    place,
+    xerr=None if error is None else 100 * error,
+    **{"fmt": "o", "color": "tab:blue", "markersize": 4, "capsize": 3},
+  )

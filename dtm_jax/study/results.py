@@ -11,11 +11,13 @@ import numpy as np
 from dtm_jax import workdir as workdirs
 from dtm_jax.files import replacing
 from dtm_jax.study.plan import EVALUATE, TEACHER, TRAIN, Study
-from dtm_jax.study.runner import DONE_FILE
+from dtm_jax.study.runner import complete
 
 MISSING = "-"
 
 Values = Mapping[int, float]  # accuracy in [0, 1] by seed
+Summary = Mapping[str, Any]  # of a run
+Summaries = Mapping[str, Summary]  # of the cells that are complete, by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,26 +50,32 @@ def feature_columns(study: Study) -> dict[str, str]:
 
 def collect(study: Study) -> dict[str, Any]:
   """All that is known, as `results.json` has it: for each teacher, arm and column, values and their statistics."""
+  summaries = {name: _summary(study, name) for name in complete(study.folder, study.cells)}
   return {
     "study": study.title,
     "baseline": study.baseline,
     "seeds": [*study.seeds],
     "cells": len(study.cells),
-    "cells_done": sum(_summary(study, cell.name) is not None for cell in study.cells),
-    "teachers": {teacher: _of_teacher(study, teacher) for teacher in study.teachers},
+    "cells_done": len(summaries),
+    "teachers": {teacher: _of_teacher(study, summaries, teacher) for teacher in study.teachers},
   }
 
 
-def _of_teacher(study: Study, teacher: str) -> dict[str, Any]:
+def _summary(study: Study, cell: str) -> Summary:
+  return workdirs.read_json(study.folder / cell / workdirs.SUMMARY_FILE) or {}
+
+
+def _of_teacher(study: Study, summaries: Summaries, teacher: str) -> dict[str, Any]:
   """Its own scores, where it was trained, and each arm's."""
   values = {
     arm: {
-      **{column: _values(study, folder, EVALUATE, entry) for column, entry in feature_columns(study).items()},
-      **{labels: _values(study, folder, labels, "top1") for labels in study.labels},
+      **{column: _values(study, summaries, folder, EVALUATE, key) for column, key in feature_columns(study).items()},
+      **{labels: _values(study, summaries, folder, labels, "top1") for labels in study.labels},
     }
     for arm, folder in study.students(teacher)
   }
-  return {"itself": _teacher_scores(study, teacher), "arms": {arm: _of_arm(study, arm, values) for arm in values}}
+  itself = _teacher_scores(study, summaries, f"{teacher}/{TEACHER}")
+  return {"itself": itself, "arms": {arm: _of_arm(study, arm, values) for arm in values}}
 
 
 def _of_arm(study: Study, arm: str, values: Mapping[str, Mapping[str, Values]]) -> dict[str, Any]:
@@ -80,23 +88,16 @@ def _of_arm(study: Study, arm: str, values: Mapping[str, Mapping[str, Values]]) 
   return entries
 
 
-def _values(study: Study, folder: str, readout: str, entry: str) -> Values:
-  summaries = {seed: _summary(study, f"{folder}/seed{seed}/{readout}") for seed in study.seeds}
-  return {seed: summary[entry] for seed, summary in summaries.items() if summary and entry in summary}
+def _values(study: Study, summaries: Summaries, folder: str, readout: str, key: str) -> Values:
+  of_seeds = {seed: summaries.get(f"{folder}/seed{seed}/{readout}", {}) for seed in study.seeds}
+  return {seed: summary[key] for seed, summary in of_seeds.items() if key in summary}
 
 
-def _teacher_scores(study: Study, teacher: str) -> dict[str, float]:
+def _teacher_scores(study: Study, summaries: Summaries, folder: str) -> dict[str, float]:
   """By column, and "top1" of a classifier."""
-  features = _summary(study, f"{teacher}/{TEACHER}/{EVALUATE}") or {}
-  trained = _summary(study, f"{teacher}/{TEACHER}/{TRAIN}") or {}
-  scores = {column: features[entry] for column, entry in feature_columns(study).items() if entry in features}
+  features, trained = (summaries.get(f"{folder}/{cell}", {}) for cell in (EVALUATE, TRAIN))
+  scores = {column: features[key] for column, key in feature_columns(study).items() if key in features}
   return scores | ({"top1": trained["top1"]} if "top1" in trained else {})
-
-
-def _summary(study: Study, cell: str) -> dict[str, Any] | None:
-  """Of a cell that is complete, else None."""
-  workdir = study.folder / cell
-  return workdirs.read_json(workdir / workdirs.SUMMARY_FILE) if (workdir / DONE_FILE).exists() else None
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -143,11 +144,10 @@ def _percent(value: float) -> str:
   return f"{100 * value:.1f}"
 
 
-def write(study: Study) -> pathlib.Path:
-  """Writes `results.md` and `results.json` and returns the former. Raises InputError where they cannot be written."""
-  results = collect(study)
-  workdirs.write_json(study.folder / "results.json", results)
-  path = study.folder / "results.md"
+def write(folder: pathlib.Path, found: Mapping[str, Any]) -> pathlib.Path:
+  """Writes what `collect` has found as `results.md`, which it returns, and `results.json`. Raises InputError if not."""
+  workdirs.write_json(folder / "results.json", found)
+  path = folder / "results.md"
   with replacing(path, workdirs.RUN_AGAIN) as unfinished:
-    unfinished.write_text(markdown(results))
+    unfinished.write_text(markdown(found))
   return path

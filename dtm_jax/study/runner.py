@@ -15,6 +15,7 @@ from absl import logging
 
 from dtm_jax import workdir as workdirs
 from dtm_jax.config import to_json
+from dtm_jax.console import EXIT_SIGNAL
 from dtm_jax.errors import InputError
 from dtm_jax.study.plan import Cell
 
@@ -130,9 +131,7 @@ class Runner:
 
   def run(self, cells: Sequence[Cell], on_end: Callable[[], None]) -> None:
     """Runs all that are not complete; `on_end` is called after each. What fails is told."""
-    for cell in cells:  # what follows from an incomplete cell is not complete either
-      if is_done(self.folder, cell) and (not cell.needs or cell.needs in self.done):
-        self.done.add(cell.name)
+    self.done |= complete(self.folder, cells)
     if self.done:
       logging.info("%d of %d cells are complete already", len(self.done), len(cells))
     waiting, free, running = [cell for cell in cells if cell.name not in self.done], [*self.slots], []
@@ -169,6 +168,7 @@ class Runner:
       "JAX_COMPILATION_CACHE_DIR": str(self.folder / COMPILED),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+    (workdir / DONE_FILE).unlink(missing_ok=True)
     with (workdir / LOG_FILE).open("a") as log, _confined_to(slot.cores):
       process = subprocess.Popen(
         [sys.executable, "-m", "dtm_jax.main", *cell.arguments, f"--workdir={workdir}"],
@@ -188,7 +188,7 @@ class Runner:
       workdirs.write_json(workdir / DONE_FILE, to_json(cell.config))
       self.done.add(cell.name)
       logging.info("%s %s: %.0f s%s", count, cell.name, seconds, _scores(workdir))
-    elif self.stop.is_set():
+    elif code == EXIT_SIGNAL and self.stop.is_set():
       logging.info("%s: stopped", cell.name)
     else:
       self.failed.add(cell.name)
@@ -203,9 +203,16 @@ class Runner:
       one.process.wait()
 
 
-def is_done(folder: pathlib.Path, cell: Cell) -> bool:
-  """Whether the cell is complete, with these very settings. With others, its own run decides what it makes of them."""
-  return workdirs.read_json(folder / cell.name / DONE_FILE) == to_json(cell.config)
+def complete(folder: pathlib.Path, cells: Sequence[Cell]) -> set[str]:
+  """Names of the cells that are complete, with these very settings, and so is what they began from.
+
+  With other settings, a cell's own run decides what it makes of them.
+  """
+  names = set()
+  for cell in cells:  # those that others need come first
+    if not cell.needs or cell.needs in names:
+      names |= {cell.name} if workdirs.read_json(folder / cell.name / DONE_FILE) == to_json(cell.config) else set()
+  return names
 
 
 def _scores(workdir: pathlib.Path) -> str:

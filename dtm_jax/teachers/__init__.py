@@ -20,7 +20,7 @@ def create_teacher(
   restore_tower: Callable[[pathlib.Path], tuple[ViT | Classifier, Params, DataConfig]],
   constrain: Constrain = unconstrained,
 ) -> tuple[Teacher, Params]:
-  """Builds the teacher that the config names.
+  """Builds the teacher that the config names; `ahead_of_time.plan_teacher` does so where its weights are not there.
 
   Args:
     config: Of the run.
@@ -42,8 +42,9 @@ def create_teacher(
       return PixelsTeacher(config.model.patch_size), {}
     case "clip":
       return _create_clip(config, constrain)
-    case _:
+    case "checkpoint":
       return _create_checkpoint(config, restore_tower, constrain)
+  raise ValueError(f"no teacher of kind {config.teacher.kind!r}")
 
 
 def _create_clip(config: Config, constrain: Constrain) -> tuple[ClipTeacher, Params]:
