@@ -156,8 +156,8 @@ def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
   except Exception as error:  # of zipfile, zlib and numpy, also a MemoryError at a header that claims terabytes
     reason = " ".join(str(error).split()) or type(error).__name__
     raise InputError(
-      f"{path} cannot be read as a trace ({reason}); it is damaged, too large for this machine's memory, or was not made "
-      "by np.savez"
+      f"{path} cannot be read as a trace ({reason}); it is damaged, too large for this machine's memory, or was "
+      "not made by np.savez"
     ) from error
 
 
