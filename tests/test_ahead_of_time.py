@@ -178,7 +178,7 @@ def test_a_process_of_its_own_has_the_devices_it_is_told(tmp_path):
 
 @pytest.mark.slow
 def test_the_page_on_scaling_has_the_tables_of_its_script():
-  command = [sys.executable, "benchmarks/scaling.py", "--json=benchmarks/results/scaling_v5e.json"]
+  command = [sys.executable, "benchmarks/scaling.py", "--json=benchmarks/results/scaling_tpu.json"]
   environment = os.environ | {"PYTHONPATH": str(runs.ROOT)}
   printed = subprocess.run(command, cwd=runs.ROOT, env=environment, capture_output=True, text=True, check=True).stdout
   rows = [line for line in printed.splitlines() if line.startswith("|")]
