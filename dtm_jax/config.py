@@ -617,7 +617,7 @@ def with_form(config: config_dict.ConfigDict, form: str) -> config_dict.ConfigDi
   Raises:
     InputError: another form.
   """
-  _require_choice("form", form, ("", "smoke"))
+  _require(form in ("", "smoke"), f"form {form!r} of the config is none; give ':smoke' after the file, or nothing")
   return _smoke(config) if form == "smoke" else config
 
 

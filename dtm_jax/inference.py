@@ -51,7 +51,7 @@ class Features(NamedTuple):
 # ------------------------------------------------------------ models
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Model:
   """A trained model on all devices of this machine; `load` makes it.
 
@@ -69,6 +69,10 @@ class Model:
   crop: float
   batch_size: int
   mesh: Mesh
+
+  def __repr__(self) -> str:
+    head = "" if self.num_classes is None else f", {self.num_classes:,} classes"
+    return f"<{self.checkpoint.kind} from {self.checkpoint.path}: {self.image_size} px{head}>"
 
   @property
   def image_size(self) -> int:

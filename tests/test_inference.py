@@ -199,6 +199,7 @@ def test_last_best_and_averaged_are_weights_of_their_own(models, name, averaged)
 def test_a_run_brings_its_settings(models):
   model = models["last", True]
   assert (model.mean, model.std, model.crop, model.image_size) == (MEAN, STD, 0.7, RUN_SIZE)
+  assert len(repr(model)) < 200 and str(model.checkpoint.path) in repr(model)
   assert model.num_classes == RUN_CLASSES
   pixels = some_images()[:4, :RUN_SIZE, :RUN_SIZE]
   logits = jax.jit(create_classifier(run_config(), RUN_CLASSES).apply)

@@ -19,6 +19,7 @@ from dtm_jax.study.plan import TRAIN, Study
 _SMOOTHED_STEPS = 5  # logged ones
 _PANEL_INCHES = (4.5, 3.6)
 _DIFFERENCE_INCHES = (2.0, 0.3)  # of a readout, of an arm
+_LABEL_INCHES = 0.1  # of a letter of a teacher's name, which stands upright
 
 Curve = tuple[Sequence[int], Sequence[float]]  # steps, ascending, and values
 Panels = Mapping[str, Mapping[str, Sequence[Curve]]]  # by teacher and arm, of its seeds
@@ -133,7 +134,8 @@ def differences_figure(path: str | os.PathLike, found: Mapping[str, Any], *, lea
   readouts = [*next(iter(next(iter(rows.values())).values()))]
   num_arms = max(len(arms) for arms in rows.values())
   width, height = _DIFFERENCE_INCHES
-  size = (1.2 + width * len(readouts), len(rows) * (0.9 + height * num_arms))
+  height = max(0.9 + height * num_arms, _LABEL_INCHES * max(map(len, rows)))
+  size = (1.2 + width * len(readouts), 0.3 + len(rows) * height)
   figure = Figure(figsize=size, dpi=DPI, layout="constrained")
   panels = figure.subplots(len(rows), len(readouts), squeeze=False, sharey="row")
   for row, (teacher, arms) in zip(panels, rows.items(), strict=True):
@@ -145,7 +147,7 @@ def differences_figure(path: str | os.PathLike, found: Mapping[str, Any], *, lea
       panel.set(title=readout, yticks=range(len(arms)), yticklabels=[*arms], ylim=(len(arms) - 0.5, -0.5))
       panel.spines[["top", "right"]].set_visible(False)
       panel.grid(axis="x", alpha=0.3)
-    row[0].set_ylabel(f"teacher: {teacher}")
+    row[0].set_ylabel(f"teacher:\n{teacher}")
   figure.supxlabel(f"difference to {baseline}, points of top-1 accuracy: seeds, mean ± standard error", fontsize=10)
   save_figure(figure, path)
 
