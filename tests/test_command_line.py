@@ -51,7 +51,10 @@ def test_a_command_with_options_of_its_own_has_no_work_folder():
 
 @pytest.mark.parametrize(
   ("config", "message"),
-  [("vitb.py:huge", "form 'huge' of the config is none; give ':smoke'"), ("transfer.py", "form '' of the config is no data set; give")],
+  [
+    ("vitb.py:huge", "form 'huge' of the config is none; give"),
+    ("transfer.py", "form '' of the config is no data set; give"),
+  ],
 )
 def test_a_form_that_does_not_exist_is_one_line(config, message):
   with pytest.raises(InputError) as caught:
