@@ -1,5 +1,9 @@
 """`python -m dtm_jax.main --config=configs/NAME.py --workdir=DIR [--config.path.to.key=value]`.
 
+The config is `configs/quickstart.py` where none is given, and the work folder runs/NAME. `--config=FILE:smoke` is two
+steps of a miniature of it on made-up images. Any key of the config can be set; `dtm_jax/config.py` describes them all,
+and a work folder's `config.json` has their values. The same command goes on where a run was stopped.
+
 With `--compile_only` nothing is trained or written: the step is compiled, without data or weights, for the devices of
 this machine, for `--topology=cpu:N` or for a TPU slice (`--topology=v5e:4x4`, where libtpu is installed). What it needs
 is printed: memory of each device, FLOPs, bytes, and how long it takes at least on `--chip=NAME` (or TFLOPS,GB/S,GIB)
