@@ -11,7 +11,7 @@ import jax
 
 from dtm_jax import __version__, distributed
 from dtm_jax.config import Config, flatten, from_json, to_json
-from dtm_jax.errors import InputError
+from dtm_jax.errors import InputError, some_of
 from dtm_jax.files import replacing
 
 CONFIG_FILE = "config.json"
@@ -67,20 +67,17 @@ def read_record(workdir: pathlib.Path, config: Config) -> dict[str, Any] | None:
 
 def _read_record(workdir: pathlib.Path, config: Config) -> dict[str, Any] | None:
   record = read_json(workdir / CONFIG_FILE)
-  if record is not None and (names := settings_that_differ(from_json(record), config)):
-    raise InputError(
-      f"--workdir={workdir} holds another run: {', '.join(names)} differ; use its settings or another --workdir"
-    )
+  if record is not None and (changes := settings_that_differ(from_json(record), config)):
+    told = some_of([f"{name} is {old!r} there and {new!r} here" for name, (old, new) in changes.items()])
+    raise InputError(f"--workdir={workdir} holds another run: {told}; use its settings or another --workdir")
   return record
 
 
-def settings_that_differ(config: Config, other: Config) -> list[str]:
-  """Names of the settings that make `other` another run than `config`."""
-  free = _FREE_SETTINGS_OF[other.task]
-  new = flatten(to_json(other))
-  return [
-    f"config.{name}" for name, old in flatten(to_json(config)).items() if old != new[name] and not name.startswith(free)
-  ]
+def settings_that_differ(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+  """What makes `other` another run than `config`: by name, the values of both."""
+  free, new = _FREE_SETTINGS_OF[other.task], flatten(to_json(other))
+  pairs = {name: (old, new[name]) for name, old in flatten(to_json(config)).items() if not name.startswith(free)}
+  return {f"config.{name}": pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def circumstances(command: str) -> dict[str, Any]:

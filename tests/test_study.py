@@ -95,7 +95,7 @@ def test_arms_differ_in_what_their_name_says_alone():
   for arm, morphing in expected.items():
     config = cells[f"raw-hog/{arm}/seed2/train"]
     own = {"enabled": True, **morphing}
-    assert settings_that_differ(baseline, config) == [f"config.morphing.{name}" for name in own]
+    assert [*settings_that_differ(baseline, config)] == [f"config.morphing.{name}" for name in own]
     assert {name: getattr(config.morphing, name) for name in own} == own
 
 
