@@ -310,7 +310,10 @@ def test_a_file_instead_of_the_checkpoints(fails, tmp_path):
 def test_work_folder_of_another_run(fails, two_steps):
   workdir, check = two_steps
   message = fails(workdir=workdir, model__drop_path=0.5, run__seed=3)
-  assert "holds another run: config.run.seed is 0 there and 3 here, config.model.drop_path is 0.1 there and 0.5 here" in message
+  assert (
+    "holds another run: config.run.seed is 0 there and 3 here, config.model.drop_path is 0.1 there and 0.5 here"
+    in message
+  )
   assert "another --workdir" in message
   check()
 

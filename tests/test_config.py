@@ -114,7 +114,10 @@ def test_what_a_resumed_run_may_change():
   free = _with(config_lib.base(), {"run.steps": 7, "data.num_workers": 0, "model.scan_layers": True, "eval.knn": False})
   assert settings_that_differ(old, config_lib.resolve(free)) == {}
   other = _with(config_lib.base(), {"run.seed": 7, "morphing.draws": 1})
-  assert settings_that_differ(old, config_lib.resolve(other)) == {"config.run.seed": (0, 7), "config.morphing.draws": (2, 1)}
+  assert settings_that_differ(old, config_lib.resolve(other)) == {
+    "config.run.seed": (0, 7),
+    "config.morphing.draws": (2, 1),
+  }
 
 
 def test_every_setting_is_read_somewhere():

@@ -151,8 +151,12 @@ def test_bad_input_is_one_line_and_nothing_written(run, tmp_path, capsys, settin
 def test_a_folder_of_something_else_is_refused(evaluated, run, tmp_path, capsys):
   told = fails(capsys, arguments(run, evaluated, **LIMITS, eval__fewshot="(1,5)", eval__knn_k=5))
   assert "holds another run: config.eval.knn_k is 20 there and 5 here, config.eval.save_features is True" in told
-  assert "holds another run: config.task is 'pretrain' there and 'evaluate' here, " in fails(capsys, arguments(run, run))
-  assert "holds another run: config.task is 'evaluate' there and 'pretrain' here;" in fails(capsys, ["dtm", *runs.options(evaluated)])
+  assert "holds another run: config.task is 'pretrain' there and 'evaluate' here, " in fails(
+    capsys, arguments(run, run)
+  )
+  assert "holds another run: config.task is 'evaluate' there and 'pretrain' here;" in fails(
+    capsys, ["dtm", *runs.options(evaluated)]
+  )
   assert f"{evaluated} " in fails(capsys, arguments(evaluated, tmp_path / "out"))  # it has no weights
 
 
