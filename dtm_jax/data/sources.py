@@ -90,7 +90,7 @@ class TfdsSource:
       # Some have masks beside the image: nothing is decoded that nobody looks at.
       self._records = builder.as_data_source(split, decoders=dict.fromkeys(images, tfds.decode.SkipDecoding()))
     except NotImplementedError as error:
-      raise InputError(_not_array_record(builder.name)) from error
+      raise InputError(_not_array_record(builder.name, builder.data_dir)) from error
     except ValueError as error:
       raise InputError(f"{builder.name} has no split {split!r}: {str(error).partition(chr(10))[0]}") from error
 
@@ -133,9 +133,9 @@ def _tfds_builder(name: str, data_dir: str):
   try:
     return read_only_builder.builder_from_files(name, data_dir=data_dir or None)
   except tfds.core.DatasetNotFoundError as error:
-    if name.partition("/")[0].partition(":")[0] in tfds.list_builders(with_community_datasets=False):
-      raise InputError(_not_array_record(name)) from error
     where = data_dir or tfds.core.constants.DATA_DIR
+    if name.partition("/")[0].partition(":")[0] in tfds.list_builders(with_community_datasets=False):
+      raise InputError(_not_array_record(name, where)) from error
     raise InputError(
       f"no TFDS data set {name!r} under {where}, and TFDS does not know the name; see config.data"
     ) from error
@@ -144,8 +144,11 @@ def _tfds_builder(name: str, data_dir: str):
     raise InputError(f"config.data.name={name!r} and path={data_dir!r} name no one TFDS data set: {reason}") from error
 
 
-def _not_array_record(name: str) -> str:
-  return f"TFDS data set {name!r} is not prepared as ArrayRecord; run: tfds build {name} --file_format=array_record"
+def _not_array_record(name: str, where: str) -> str:
+  return (
+    f"TFDS data set {name!r} is not prepared as ArrayRecord under {where}; say by --config.data.path where it is, or make "
+    f"it by: tfds build {name} --file_format=array_record (which needs pip install tensorflow)"
+  )
 
 
 def _digits_builder(data_dir: str):
