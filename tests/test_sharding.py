@@ -12,6 +12,7 @@ import pathlib
 import re
 import types
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +28,7 @@ from dtm_jax.config import MeshConfig, OptimConfig
 from dtm_jax.convert import load_torch
 from dtm_jax.errors import InputError
 from dtm_jax.models.clip import ClipVision
-from dtm_jax.models.layers import unconstrained
+from dtm_jax.models.layers import Dense, unconstrained
 from dtm_jax.models.variants import VARIANTS
 from dtm_jax.models.vit import Classifier, ViT
 from dtm_jax.optim import averaged_params, create_optimizer
@@ -170,6 +171,16 @@ def test_activations_and_kernels_in_use_are_constrained(kind):
     ((2, 5, 32), (BATCH, None, MLP)): blocks,
     output.get(kind, ((2, 4, 6), (BATCH, None, None))): 1,
   }
+
+
+def test_the_gradient_of_a_kernel_is_not_constrained():
+  """Whole on each device as the kernel in use is, it would be summed by all of them."""
+
+  def gradient(constrain):
+    dense, rows = Dense(2, use_bias=False, constrain=constrain, axes=(None, HEADS)), jnp.ones((3, 4))
+    return jax.grad(lambda params: dense.apply(params, rows).sum())(dense.init(jax.random.key(0), rows))
+
+  chex.assert_trees_all_equal(gradient(lambda x, axes: 2 * x), gradient(unconstrained))
 
 
 def test_a_run_constrains_its_model_and_its_teacher():

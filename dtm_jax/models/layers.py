@@ -71,6 +71,24 @@ class LayerNorm(nn.Module):
     return layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _in_use(kernel: jax.Array, constrain: Constrain, axes: tuple[str | None, ...]) -> jax.Array:
+  """The kernel constrained to `axes`, and its gradient not: one whole on each device would be summed by all of them."""
+  return constrain(kernel, axes)
+
+
+def _in_use_forward(kernel, constrain, axes):
+  return constrain(kernel, axes), None
+
+
+def _in_use_backward(constrain, axes, residuals, grad):
+  del constrain, axes, residuals
+  return (grad,)
+
+
+_in_use.defvjp(_in_use_forward, _in_use_backward)
+
+
 class Dense(nn.Module):
   """`nn.Dense`'s parameters on [..., D] flattened to rows: one plain matrix product forward and two backward.
 
@@ -90,7 +108,7 @@ class Dense(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     width = x.shape[-1]
     kernel = self.param("kernel", self.kernel_init, (width, self.features))
-    rows = x.reshape(-1, width).astype(self.dtype) @ self.constrain(kernel.astype(self.dtype), self.axes)
+    rows = x.reshape(-1, width).astype(self.dtype) @ _in_use(kernel.astype(self.dtype), self.constrain, self.axes)
     if self.use_bias:
       # Added in float32, so that its gradient, a sum over all rows, is in float32, too.
       rows = (rows + self.param("bias", nn.initializers.zeros, (self.features,))).astype(self.dtype)
