@@ -1,11 +1,11 @@
 """How long training waits for its images: pre-training and fine-tuning, from JPEG files, on the same cores.
 
-  python benchmarks/waiting.py [--batch=16] [--steps=6] [--rounds=3] [--json=FILE]
+  python benchmarks/waiting.py [--batch=16] [--steps=24] [--rounds=2] [--json=FILE]
 
 Both are real runs of ViT-S/16 at 224 pixels from the same folder, by turns, each with its own recipe: fine-tuning's has
-RandAugment. A figure is the median over the steps of a run but the first, which has the compilation. On CPUs the data
-workers share the cores with the steps. Fine-tuning's steps have no teacher and are shorter: where it waits as long for
-an image, that is a greater share of the time.
+RandAugment. Waiting is what the loop logs: the time in which the devices have nothing to do until a batch is there. A
+run logs three times, and a figure is the median but for the first, in which the step is compiled and the data workers
+start. On CPUs these share the cores with the steps.
 """
 
 import json
@@ -22,6 +22,7 @@ from common import ROOT, argument_parser, in_turns, random_clip, report, run_opt
 from host_pipeline import make_jpegs
 
 NUM_CLASSES, COPIES = 4, 8
+LOGS = 3  # of a run
 PAGES = {"pre-training": "vits", "fine-tuning": "finetune_vits"}
 
 
@@ -46,16 +47,16 @@ def train(page: str, settings: dict[str, Any], folder: pathlib.Path) -> dict[str
 
 
 def main() -> None:
-  parser = argument_parser(__doc__, rounds=3)
+  parser = argument_parser(__doc__, rounds=2)
   parser.add_argument("--batch", type=int, default=16, help="images per step (%(default)s)")
-  parser.add_argument("--steps", type=int, default=6, help="of a run (%(default)s)")
+  parser.add_argument("--steps", type=int, default=24, help="of a run (%(default)s)")
   options = parser.parse_args()
   warn_if_busy()
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     write_images(folder / "images")
     settings = {"data.source": "folder", "data.path": folder / "images", "data.batch_size": options.batch}
-    settings |= {"run.steps": options.steps, "run.log_every_steps": 1}
+    settings |= {"run.steps": options.steps, "run.log_every_steps": options.steps // LOGS}
     own = {"pre-training": {"teacher.weights": random_clip(folder / "clip")}, "fine-tuning": {"eval.every_epochs": 1e9}}
     runs = {name: lambda _, name=name: train(PAGES[name], settings | own[name], folder) for name in PAGES}
     results = in_turns(runs, options.rounds)

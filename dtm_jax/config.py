@@ -327,7 +327,7 @@ class EvalConfig:
   knn_temperature: float = 0.07
   max_train_images: int | None = 50_000  # None is all
   max_test_images: int | None = 10_000
-  batch_size: int = 256
+  batch_size: int = 256  # rounded up to a multiple of the devices
   figure_images: int = 4  # rows of figures/morphing.png; 0 draws none
   # Of task "evaluate" only.
   checkpoint: str = ""  # a work folder, a weights file, or a Hugging Face model folder

@@ -51,7 +51,6 @@ def build(config: Config) -> Parts:
   if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
     raise InputError("config.model.attention='cudnn' needs a GPU; choose 'xla' or 'matmul'")
   mesh = sharding.create_mesh(config.mesh)
-  sharding.check_batch_size(config.eval.batch_size, mesh, "config.eval.batch_size")
   checkpoint = read_checkpoint(config)
   config = with_data_of(checkpoint, config)
   train_source = open_source(config.data, "train") if config.eval.needs_features else None

@@ -76,7 +76,6 @@ def open_setup(
   _check_heads(config, mesh)
   micro_batch = config.data.batch_size // config.optim.accumulate_steps
   sharding.check_batch_size(micro_batch, mesh, "config.data.batch_size / config.optim.accumulate_steps")
-  sharding.check_batch_size(config.eval.batch_size, mesh, "config.eval.batch_size")
   train_source, eval_source = (open_source(config.data, split) for split in ("train", "eval"))
   total_steps = config.total_steps(len(train_source))
   warmup_steps = min(config.warmup_steps(len(train_source)), total_steps)

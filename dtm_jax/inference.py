@@ -211,7 +211,7 @@ def load(
     _checked_colors("mean", data.mean if mean is None else mean),
     _checked_colors("std", data.std if std is None else std),
     data.eval_crop,
-    batch_size + -batch_size % sharding.num_shards(mesh),
+    sharding.round_up(batch_size, mesh),
     mesh,
   )
   _ = model.image_size  # told now if it has none

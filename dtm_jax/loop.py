@@ -77,7 +77,7 @@ class Loop:
         due = step % self.evaluate_every == 0
         if self.stop_requested() or (due and not self._evaluated(state, timer, unchecked)):
           break
-        with timer.waiting():
+        with timer.waiting(metrics):
           batch = next(batches)
         unchecked.append((step, batch["index"]))
         previous, (state, metrics) = metrics, self.train_step(state, self.place(batch))
@@ -151,18 +151,19 @@ def _progress(values: dict[str, float]) -> str:
 
 
 class _Timer:
-  """Wall time between logs, and the share of it spent waiting for data."""
+  """Wall time between logs, and the share of it in which the devices waited for data, at most."""
 
   def __init__(self, batch_size: int):
     self._batch_size = batch_size
     self._waited, self._start = 0.0, time.perf_counter()
 
   @contextlib.contextmanager
-  def waiting(self) -> Iterator[None]:
-    """For what is waiting for data."""
+  def waiting(self, running: Any) -> Iterator[None]:
+    """For what is waiting for data; it counts unless the devices are still at work on the arrays `running` after it."""
     start = time.perf_counter()
     yield
-    self._waited += time.perf_counter() - start
+    if all(array.is_ready() for array in jax.tree.leaves(running)):
+      self._waited += time.perf_counter() - start
 
   @contextlib.contextmanager
   def apart(self) -> Iterator[None]:

@@ -209,9 +209,14 @@ def num_shards(mesh: Mesh) -> int:
   return _product(BATCH_AXES, mesh.shape)
 
 
+def round_up(number: int, mesh: Mesh) -> int:
+  """The next multiple of the shares."""
+  return number + -number % num_shards(mesh)
+
+
 def split_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
   """[n, ...] split over the batch axes, filled up with zeros to a multiple of the shares."""
-  padding = [(0, -len(rows) % num_shards(mesh))] + [(0, 0)] * (rows.ndim - 1)
+  padding = [(0, round_up(len(rows), mesh) - len(rows))] + [(0, 0)] * (rows.ndim - 1)
   return place(np.pad(rows, padding), batch_sharding(mesh))
 
 
@@ -220,10 +225,9 @@ def check_batch_size(batch_size: int, mesh: Mesh, name: str) -> None:
   shards, tensor = num_shards(mesh), mesh.shape[TENSOR]
   if batch_size % shards:
     devices = "devices" if tensor == 1 else f"groups of {tensor} devices"
-    raise InputError(
-      f"{name}={batch_size} is not divisible by {shards} {devices};"
-      f" {max(shards, batch_size // shards * shards)} or {(batch_size // shards + 1) * shards} would be"
-    )
+    above = round_up(batch_size, mesh)
+    below = f"{above - shards} or " if above > shards else ""
+    raise InputError(f"{name}={batch_size} is not divisible by {shards} {devices}; {below}{above} would be")
 
 
 def to_global(batch: Any, sharding: NamedSharding) -> Any:

@@ -135,7 +135,6 @@ def fails(capsys, command: list[str]) -> str:
     ({"eval__linear_solver": "adam"}, "config.eval.linear_solver='adam' is not one of lbfgs, sgd, lars"),
     ({"eval__fewshot": "(5,0)"}, "config.eval.fewshot=(5, 0) must be different positive numbers"),
     ({"eval__fewshot": "(5,5)"}, "config.eval.fewshot=(5, 5) must be different positive numbers"),
-    ({"eval__batch_size": 12}, "config.eval.batch_size=12 is not divisible by 8 devices"),
     (only(), "nothing to evaluate"),
     ({"task": "pretrain"}, "config.data.source='checkpoint' is for config.task='evaluate'"),
     ({"data__source": "folder", "data__path": "/no/such"}, "cannot read the image folder /no/such"),

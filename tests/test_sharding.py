@@ -281,6 +281,8 @@ def test_a_batch_is_shared_by_groups_of_devices():
   sharding.check_batch_size(12, mesh, "batch")
   with pytest.raises(InputError, match="batch=6 is not divisible by 4 groups of 2 devices; 4 or 8 would be"):
     sharding.check_batch_size(6, mesh, "batch")
+  with pytest.raises(InputError, match="batch=3 is not divisible by 4 groups of 2 devices; 4 would be"):
+    sharding.check_batch_size(3, mesh, "batch")
   assert sharding.describe(mesh) == "8 cpu devices, data 1 x fsdp 4 x tensor 2"
 
 

@@ -66,8 +66,8 @@ class FeatureExtractor:
       InputError: no image, or too many unreadable ones.
       StoppedError: `stop_requested` was true.
     """
-    batch_size, split = self.config.eval.batch_size, sharding.batch_sharding(self.mesh)
-    everywhere = sharding.replicated(self.mesh)
+    batch_size = sharding.round_up(self.config.eval.batch_size, self.mesh)
+    split, everywhere = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
     params = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else sharding.place(x, everywhere), params)
 
     def feature_fn(images):
