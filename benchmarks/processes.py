@@ -1,14 +1,14 @@
 """Images per second of training in several processes beside one, on this machine, with the same devices.
 
-  python benchmarks/processes.py [--processes=2] [--rounds=3] [--json=FILE]
+  python benchmarks/processes.py [--processes=2] [--rounds=2] [--json=FILE]
 
 Each run is started by `launch/local.sh`: one process with so many devices, and so many processes with one each, by
-turns. A figure is the median over the logs of a run, without the first, which has the compilation. The target is 0.9 of
-one process's images per second. On GPUs one process alone would have one of them: run it on CPUs.
+turns. A figure is the median over the logs of a run, without the first, in which the step is compiled and the data
+workers start. The target is 0.9 of one process's images per second. On GPUs one process alone would have one of them:
+run it on CPUs.
 
-Processes on CPUs exchange gradients by Gloo, array by array, and its thread spins while the other process is ahead. The
-quickstart's small steps pay most for that. Data workers share the cores, too: with the page's eight in each process,
-ViT-S was at 0.83 and 0.85 (batch 16 and 64); here images are made in the processes themselves.
+ViT-S reads JPEG files with its page's eight data workers in each process. Processes on CPUs exchange gradients by Gloo,
+array by array, and its thread spins while the other process is ahead: the quickstart's small steps pay most for that.
 """
 
 import functools
@@ -32,17 +32,22 @@ from common import (
   warn_if_busy,
   write_json,
 )
+from waiting import LOGS, write_images
 
-NOISE = {"data.source": "synthetic", "data.num_workers": 0, "teacher.kind": "hog", "teacher.weights": ""}
-RUNS = {  # name -> page, settings
-  "ViT-S/16, 224 px": ("vits", NOISE | {"run.steps": 5, "run.log_every_steps": 1, "data.batch_size": 32}),
-  "quickstart": ("quickstart", {"run.steps": 60, "run.log_every_steps": 5, "data.batch_size": 64}),
-}
+
+def make_runs(images: pathlib.Path) -> dict[str, tuple[str, dict[str, Any]]]:
+  """Page and settings by name; `images` is a folder of images."""
+  folder = {"data.source": "folder", "data.path": images, "teacher.kind": "hog", "teacher.weights": ""}
+  return {
+    "ViT-S/16, 224 px": ("vits", folder | {"run.steps": 24, "data.batch_size": 32}),
+    "quickstart": ("quickstart", {"run.steps": 120, "data.batch_size": 64}),
+  }
 
 
 def train(page: str, settings: dict[str, Any], processes: int, devices: int, *, folder: pathlib.Path) -> float:
   """Seconds per image of a run in a new folder."""
-  settings = settings | {"run.checkpoint_every_steps": settings["run.steps"]}
+  steps = settings["run.steps"]
+  settings = settings | {"run.log_every_steps": steps // LOGS, "run.checkpoint_every_steps": steps}
   variables = {"DEVICES_PER_PROCESS": str(devices), "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
   variables |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
   with tempfile.TemporaryDirectory(dir=folder) as workdir:
@@ -52,17 +57,17 @@ def train(page: str, settings: dict[str, Any], processes: int, devices: int, *, 
       command, env=os.environ | variables, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
-  _, *speeds = (json.loads(line)["images_per_second"] for line in lines)
+  _, *speeds = (row["images_per_second"] for row in map(json.loads, lines) if "images_per_second" in row)
   return 1 / statistics.median(speeds)
 
 
-def compare(name: str, processes: int, rounds: int) -> dict[str, Any]:
+def compare(
+  name: str, page: str, settings: dict[str, Any], processes: int, rounds: int, folder: pathlib.Path
+) -> dict[str, Any]:
   """One row of the table."""
-  page, settings = RUNS[name]
-  with tempfile.TemporaryDirectory() as folder:
-    run = functools.partial(train, page, settings, folder=pathlib.Path(folder))
-    layouts = {"one": (1, processes), "several": (processes, 1)}
-    seconds = in_turns({name: lambda _, layout=layout: run(*layout) for name, layout in layouts.items()}, rounds)
+  run = functools.partial(train, page, settings, folder=folder)
+  layouts = {"one": (1, processes), "several": (processes, 1)}
+  seconds = in_turns({name: lambda _, layout=layout: run(*layout) for name, layout in layouts.items()}, rounds)
   one, several = seconds.values()
   return {
     "run": name,
@@ -76,11 +81,15 @@ def compare(name: str, processes: int, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-  parser = argument_parser(__doc__, rounds=3)
+  parser = argument_parser(__doc__, rounds=2)
   parser.add_argument("--processes", type=int, default=2, help="and devices (%(default)s)")
   options = parser.parse_args()
   warn_if_busy()
-  rows = [compare(name, options.processes, options.rounds) for name in RUNS]
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    write_images(folder / "images")
+    runs = make_runs(folder / "images")
+    rows = [compare(name, *run, options.processes, options.rounds, folder) for name, run in runs.items()]
   columns = {
     "run": ("run", ""),
     "batch": ("batch", "d"),
