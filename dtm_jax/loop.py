@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -151,7 +152,7 @@ def _progress(values: dict[str, float]) -> str:
 
 
 class _Timer:
-  """Wall time between logs, and the share of it in which the devices waited for data, at most."""
+  """Wall time between logs, and the share of it in which the devices had nothing to do until a batch was there."""
 
   def __init__(self, batch_size: int):
     self._batch_size = batch_size
@@ -159,11 +160,12 @@ class _Timer:
 
   @contextlib.contextmanager
   def waiting(self, running: Any) -> Iterator[None]:
-    """For what is waiting for data; it counts unless the devices are still at work on the arrays `running` after it."""
-    start = time.perf_counter()
+    """For what is waiting for data; it counts from when the devices are ready with `running`, their last arrays."""
+    ended: list[float] = []
+    threading.Thread(target=_note_end, args=(running, ended), daemon=True).start()
     yield
-    if all(array.is_ready() for array in jax.tree.leaves(running)):
-      self._waited += time.perf_counter() - start
+    now = time.perf_counter()
+    self._waited += sum(max(0.0, now - end) for end in ended)
 
   @contextlib.contextmanager
   def apart(self) -> Iterator[None]:
@@ -177,3 +179,10 @@ class _Timer:
     rates = {"images_per_second": steps * self._batch_size / seconds, "percent_waiting": 100 * self._waited / seconds}
     self._waited, self._start = 0.0, time.perf_counter()
     return rates
+
+
+def _note_end(running: Any, ended: list[float]) -> None:
+  """Appends the time at which the arrays are there."""
+  with contextlib.suppress(jax.errors.JaxRuntimeError):  # told where they are used
+    jax.block_until_ready(running)
+  ended.append(time.perf_counter())
