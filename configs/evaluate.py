@@ -19,7 +19,7 @@ def get_config(form: str = "") -> ConfigDict:
   config = config_lib.base()
   config.task = "evaluate"
 
-  # The run's data; any setting of `config.data` that is changed here goes before the run's.
+  # The run's data; any setting of `config.data` that is something else than the default goes before the run's.
   config.data.source = "checkpoint"
 
   config.model.dtype = "float32"  # of a weights file; a run keeps its own

@@ -16,9 +16,8 @@ Scales:
 
   ci     49 tokens, few steps: to see that everything runs. 14 runs, a few minutes on two CPU cores
   cpu    196 tokens as in the paper, raw HOG. 36 runs, about an hour (estimated)
-  self   196 tokens, a student of HOG: no labels. 20 runs, about an hour
   arms   49 tokens, all arms, the classifier of 2,000 images. 98 runs, about an hour
-  seeds  token-wise and DTM of `arms`, six other seeds. 50 runs, 25 minutes
+  seeds  token-wise and DTM of `arms`, six other seeds. 50 runs, 50 minutes beside other work
   long   49 tokens, the classifier of 2,000 images, ten passes instead of two thirds of one. 26 runs
   noisy  49 tokens, raw HOG of images with sensor noise, which benchmarks/noisy_images.py makes. 48 runs, 25 minutes
   gpu    196 tokens, all arms and teachers, ViT-S in bfloat16. Not run
@@ -102,7 +101,6 @@ SCALES = {
     test_images=500,
   ),
   "cpu": CPU,
-  "self": CPU._replace(teachers=("hog-student",), arms=("token-wise", "dtm"), labels={"600-labels": 100}),
   "arms": CPU_49._replace(teachers=("2000-labels",), arms=ALL_ARMS),
   "seeds": CPU_49._replace(seeds=(*range(3, 9),), teachers=("2000-labels",), arms=("token-wise", "dtm")),
   "long": CPU_49._replace(teachers=("2000-labels",), arms=("token-wise", "dtm"), steps=9400, curve_points=10),

@@ -154,7 +154,7 @@ class DataConfig:
     _require_choice("data.source", self.source, SOURCES)
     _require_choice("data.color_jitter_on", self.color_jitter_on, ("device", "host"))
     _require(
-      self.source not in ("folder",) or bool(self.path),
+      self.source != "folder" or bool(self.path),
       f"config.data.source={self.source!r} needs config.data.path, the folder of images",
     )
     _require_positive("data", self, "batch_size", "image_size", "mask_min_block")

@@ -86,8 +86,10 @@ def initialize() -> None:
         heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
       )
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
       raise InputError(f"cannot join the other processes ({_first_line(error)}); {_REMEDY}") from error
+    except RuntimeError as error:  # of the network: another try may help
+      sys.exit(console.fail(f"cannot join the other processes ({_first_line(error)}); {_REMEDY}", console.EXIT_FAILED))
   console.speak_as(index())
 
 

@@ -143,22 +143,24 @@ def run(config: Config, workdir: pathlib.Path, command: str, stop_requested: Cal
     logging.info("%s is complete; its results are in %s", workdir, workdir / SUMMARY_FILE)
     return True
   workdirs.create(workdir)
-  write_json(workdir / CONFIG_FILE, new_record)
-  try:
-    with distributed.ending_at_once(StoppedError):
-      summary = _evaluate(parts, workdir, stop_requested)
-  except StoppedError:
-    logging.info("stopped; the same command begins again")
-    return False
-  summary |= {"seconds": round(time.perf_counter() - start, 1)}
-  write_json(workdir / SUMMARY_FILE, summary)
+  with contextlib.ExitStack() as stack:
+    workdirs.keep(workdir, until=stack)
+    write_json(workdir / CONFIG_FILE, new_record)
+    try:
+      with distributed.ending_at_once(StoppedError):
+        summary = _evaluate(parts, workdir, stop_requested)
+    except StoppedError:
+      logging.info("stopped; the same command begins again")
+      return False
+    summary |= {"seconds": round(time.perf_counter() - start, 1)}
+    write_json(workdir / SUMMARY_FILE, summary)
   _log_summary(workdir, summary)
   return True
 
 
 def _is_complete(workdir: pathlib.Path, config: Config, new_record: dict[str, Any]) -> bool:
   """Raises InputError where the folder holds something else than this evaluation."""
-  inputs = ("params_sha256", "train_images", "test_images", "resampler")
+  inputs = ("params_sha256", "train_images", "test_images", "images_sha256", "resampler")
   record = workdirs.read_record(workdir, config)
   workdirs.check_same_inputs(workdir, record, new_record, inputs)
   summary = distributed.from_first(lambda: workdirs.read_json(workdir / SUMMARY_FILE))
@@ -166,7 +168,9 @@ def _is_complete(workdir: pathlib.Path, config: Config, new_record: dict[str, An
 
 
 def _new_record(parts: Parts, command: str) -> dict[str, Any]:
-  checkpoint = parts.checkpoint
+  checkpoint, sources = parts.checkpoint, parts.test_sources
+  if parts.train_source is not None:
+    sources = sources | {"train": parts.train_source}
   return {
     **to_json(parts.config),
     **workdirs.circumstances(command),
@@ -175,6 +179,7 @@ def _new_record(parts: Parts, command: str) -> dict[str, Any]:
     "params_sha256": checkpoint.sha256,
     "train_images": None if parts.train_source is None else len(parts.train_source),
     "test_images": sum(map(len, parts.test_sources.values())),
+    "images_sha256": {split: source.fingerprint() for split, source in sources.items()},
     "resampler": RESAMPLER,
   }
 

@@ -39,7 +39,7 @@ _NOT_IN_STEP = (
   "they computed different things, which a faulty device or network may cause: go on from a checkpoint before that on"
   " other hosts"
 )
-_INIT_SHA256 = "init_sha256"  # entry of the record
+INIT_SHA256 = "init_sha256"  # entry of the record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +149,9 @@ class Parts(Setup, abc.ABC):
     """The state before the first step, and the SHA-256 of the weights that it comes from ("" for none)."""
     return self.create_state(), ""
 
+  def check_begun(self, record: dict[str, Any]) -> None:
+    """Raises InputError where the run that the record is of began with something else than the settings ask for."""
+
   def create_state(self) -> TrainState:
     """A new state with parameters drawn from the run's seed, on the devices; none ever holds all of a sharded one."""
     return jax.jit(self._create_state, out_shardings=self.state_shardings)()
@@ -207,17 +210,21 @@ def run(
   start = time.perf_counter()
   record = workdirs.read_record(workdir, config)
   if record is not None and _is_complete(workdir, config.total_steps(record["train_images"])):
+    workdirs.warn_of_other_paths(workdir, record, config)
     logging.info("%s is complete; its results are in %s", workdir, workdir / SUMMARY_FILE)
     return True
   parts = distributed.together(lambda: build(config))
   distributed.connect(parts.mesh, sharding.describe(parts.mesh))
   new_record = _new_record(parts, command)
-  inputs = (*parts.recorded_inputs, "train_images", "resampler")
+  inputs = (*parts.recorded_inputs, "train_images", "train_sha256", "resampler")
   workdirs.check_same_inputs(workdir, record, new_record, inputs)
   is_resumed = distributed.from_first(lambda: bool(saved_steps(workdir)))
+  if is_resumed:
+    distributed.together(lambda: parts.check_begun(record))
   begun = None if is_resumed else _begin(parts, workdir, record)
   workdirs.create(workdir)
   with contextlib.ExitStack() as stack:
+    workdirs.keep(workdir, until=stack)
 
     def opened(resource):
       return stack.enter_context(contextlib.closing(resource))
@@ -228,7 +235,7 @@ def run(
     # Entered last and left first: what is open above waits for the other processes, too.
     stack.enter_context(distributed.ending_at_once(loop.NonFiniteError))
     state, init_sha256 = begun or session.restore(record)
-    write_json(workdir / CONFIG_FILE, new_record | {_INIT_SHA256: init_sha256})
+    write_json(workdir / CONFIG_FILE, new_record | {INIT_SHA256: init_sha256})
     state = session.train(state)
     if not session.finish(state):
       logging.info("stopped and saved at step %d; the same command goes on from there", state.step)
@@ -246,14 +253,14 @@ def _begin(parts: Parts, workdir: pathlib.Path, record: dict[str, Any] | None) -
   logging.info("%s for %d steps of %d images on %s", parts.title, parts.total_steps, batch_size, devices)
   state, init_sha256 = distributed.together(parts.begin)
   if record is not None:  # the run has logged something, though it was killed before its first checkpoint
-    old, new = {_INIT_SHA256: _init_sha256(record)}, {_INIT_SHA256: init_sha256}
-    workdirs.check_same_inputs(workdir, old, new, (_INIT_SHA256,))
+    old, new = {INIT_SHA256: _init_sha256(record)}, {INIT_SHA256: init_sha256}
+    workdirs.check_same_inputs(workdir, old, new, (INIT_SHA256,))
   return state, init_sha256
 
 
 def _init_sha256(record: dict[str, Any] | None) -> str:
   """Runs that are older than this entry began with no weights."""
-  return record[_INIT_SHA256] if record and _INIT_SHA256 in record else ""
+  return record[INIT_SHA256] if record and INIT_SHA256 in record else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,10 +339,14 @@ class _Session:
       observe()
       if new := monitor.take_new():  # which nobody would log any more where the run ends here
         self.writer.write(int(state.step), {"bad_indices": new})
+      if self.best is not None:
+        self.best.wait()  # a run that goes on after this step would not save it again
       self.store.save(state)
 
     def stop_requested() -> bool:
       self.store.check()
+      if self.best is not None:
+        self.best.check()
       return self.stop_requested()
 
     training = loop.Loop(
@@ -377,7 +388,6 @@ class _Session:
       logging.info("step %d: %s", step, told)
     if self.best is not None and writer.best(parts.scores, until=step).step == step:
       self.best.save(state)
-      self.best.wait()  # a run that goes on after this step would not save it again
 
   def finish(self, state: TrainState) -> bool:
     """Evaluates the trained model; False where the run was stopped before its end."""
@@ -387,6 +397,8 @@ class _Session:
       self.evaluate(state)
     except StoppedError:
       return False
+    if self.best is not None:
+      self.best.wait()
     return True
 
   def summarize(self, state: TrainState) -> dict[str, Any]:
@@ -427,6 +439,7 @@ def _new_record(parts: Parts, command: str) -> dict[str, Any]:
     **workdirs.circumstances(command),
     **parts.record(),
     "train_images": len(parts.train_source),
+    "train_sha256": parts.train_source.fingerprint(),
     "resampler": RESAMPLER,
     "total_steps": parts.total_steps,
     "peak_lr": parts.config.peak_lr,

@@ -1,6 +1,7 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and folders that one process at a time is at work in."""
 
 import contextlib
+import fcntl
 import os
 import pathlib
 import shutil
@@ -39,6 +40,31 @@ def replacing(path: pathlib.Path, remedy: str = "make room or choose another pla
   finally:
     with contextlib.suppress(OSError):  # what went wrong is told already
       _remove(unfinished)
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, problem: str) -> Iterator[int]:
+  """Holds a lock until it is left, or this process ends, and all children do that were passed its file descriptor.
+
+  Args:
+    path: of the lock, an empty file that stays.
+    problem: what is wrong where another process holds it.
+
+  Raises:
+    InputError: with `problem`, or because the file cannot be made.
+  """
+  try:
+    file = path.open("w")
+  except OSError as error:
+    raise InputError(f"cannot write {path} ({error.strerror or error}); choose another place") from error
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise InputError(problem) from error
+    except OSError:  # a file system without locks
+      pass
+    yield file.fileno()
 
 
 def _to_disk(path: pathlib.Path) -> None:

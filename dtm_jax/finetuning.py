@@ -56,6 +56,16 @@ class Parts(experiment.Parts):
     create = functools.partial(create_train_state, optimizer=self.optimizer)
     return jax.jit(create, out_shardings=self.state_shardings)(params), checkpoint.sha256
 
+  def check_begun(self, record: dict[str, Any]) -> None:
+    """See `experiment.Parts.check_begun`. The weights may be gone by now, or those of a run that has gone on."""
+    old, new = record["finetune"]["init"], self.config.finetune.init
+    if old == new or (new and not pathlib.Path(new).exists()):
+      return
+    if (open_checkpoint(new).sha256 if new else "") != record.get(experiment.INIT_SHA256, ""):
+      raise InputError(
+        f"the run began with config.finetune.init={old!r}, and {new!r} is something else; use that or another --workdir"
+      )
+
   @functools.cached_property
   def jitted_step(self):
     """`(state, batch) -> (state, metrics)`, compiled once; gives its state's memory away."""

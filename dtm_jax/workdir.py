@@ -1,5 +1,6 @@
 """The work folder of a command: its record, its summary, and how they are written."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -8,10 +9,12 @@ import platform
 from typing import Any
 
 import jax
+from absl import logging
 
 from dtm_jax import __version__, distributed
 from dtm_jax.config import Config, flatten, from_json, to_json
 from dtm_jax.errors import InputError, some_of
+from dtm_jax.files import locked as locked_file
 from dtm_jax.files import replacing
 
 CONFIG_FILE = "config.json"
@@ -26,6 +29,7 @@ _FREE_SETTINGS = (
   *("run.on_nonfinite", "data.path", "data.num_workers", "data.max_bad_fraction"),
   *("model.attention", "model.scan_layers", "model.remat", "mesh."),
 )
+_PATHS_OF = {"pretrain": ("data.path", "teacher.weights"), "finetune": ("data.path", "finetune.init")}
 _FREE_SETTINGS_OF = {
   "pretrain": (*_FREE_SETTINGS, "teacher.weights", "eval.", "finetune."),
   "finetune": (*_FREE_SETTINGS, "finetune.init", "teacher.", "morphing.", "eval."),
@@ -56,6 +60,18 @@ def _create(workdir: pathlib.Path) -> None:
     raise InputError(f"no permission to write to --workdir={workdir}; choose another")
 
 
+def locked(workdir: pathlib.Path) -> contextlib.AbstractContextManager[int]:
+  """Keeps others out of a folder, see `files.locked`. Raises InputError where one is at work in it."""
+  lock = workdir / "lock"
+  problem = f"another process is at work in {workdir}; wait for it, stop it, or choose another --workdir"
+  return locked_file(lock, f"{problem} (if it is gone with its host, remove {lock})")
+
+
+def keep(workdir: pathlib.Path, until: contextlib.ExitStack) -> None:
+  """Has the first of all processes lock the folder until the stack is left. Raises InputError where it is taken."""
+  distributed.together(lambda: until.enter_context(locked(workdir)) if distributed.is_first() else None)
+
+
 def read_record(workdir: pathlib.Path, config: Config) -> dict[str, Any] | None:
   """The record of the run that the folder holds, or None where it holds none, as process 0 reads it.
 
@@ -78,6 +94,15 @@ def settings_that_differ(config: Config, other: Config) -> dict[str, tuple[Any, 
   free, new = _FREE_SETTINGS_OF[other.task], flatten(to_json(other))
   pairs = {name: (old, new[name]) for name, old in flatten(to_json(config)).items() if not name.startswith(free)}
   return {f"config.{name}": pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def warn_of_other_paths(workdir: pathlib.Path, record: dict[str, Any], config: Config) -> None:
+  """Of a run that is complete, whose inputs may be gone or elsewhere by now: they are not looked at."""
+  old, new = flatten(to_json(from_json(record))), flatten(to_json(config))
+  for name in _PATHS_OF[config.task]:
+    if old[name] != new[name]:
+      told = "%s was run with config.%s=%r, and that is not looked at again; for %r choose another --workdir"
+      logging.warning(told, workdir, name, old[name], new[name])
 
 
 def circumstances(command: str) -> dict[str, Any]:
@@ -120,7 +145,7 @@ def check_same_inputs(
   """
   distributed.check_same({name: new[name] for name in names})
   for name in names:
-    if old is not None and old[name] != new[name]:
+    if old is not None and name in old and old[name] != new[name]:  # older runs have fewer entries
       raise InputError(
         f"--workdir={workdir} was begun with {name}={old[name]!r}, and now it is {new[name]!r};"
         " bring that back or use another --workdir"

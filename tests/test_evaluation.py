@@ -48,7 +48,8 @@ def run(tmp_path_factory):
   return workdir
 
 
-LIMITS = {"eval__max_train_images": 64, "eval__max_test_images": 32, "eval__batch_size": 24}
+# A batch that eight devices do not share evenly: it is made larger.
+LIMITS = {"eval__max_train_images": 64, "eval__max_test_images": 32, "eval__batch_size": 21}
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +181,27 @@ def test_images_without_classes(run, tmp_path, capsys):
   assert record["data"]["image_size"] == 16  # the model's, not the default
   saved = [np.load(tmp_path / "out" / f"features_{split}.npz") for split in ("train", "test")]
   assert [saved[i]["labels"].tolist() for i in range(2)] == [[-1] * 18, [-1] * 2]
+
+
+def test_other_images_under_the_same_settings_are_refused(run, tmp_path, capsys):
+  def write(name, low, high):
+    for label in range(2):
+      (tmp_path / name / str(label)).mkdir(parents=True)
+      for i in range(20):
+        pixels = np.random.default_rng(i).integers(low, high, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name / str(label) / f"{i:02}.png")
+
+  write("dark", 0, 9)
+  write("bright", 0, 250)
+  shutil.copytree(tmp_path / "dark", tmp_path / "moved")
+  data = {"data__source": "folder", "data__num_workers": 0, "eval__batch_size": 3}
+
+  def command(name):
+    return arguments(run, tmp_path / "out", **data, **only("knn"), data__path=tmp_path / name)
+
+  assert main.main(command("dark")) == 0
+  assert "was begun with images_sha256={" in fails(capsys, command("bright"))
+  assert main.main(command("moved")) == 0
 
 
 def test_what_is_set_goes_before_the_run():

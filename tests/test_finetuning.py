@@ -116,6 +116,18 @@ def test_the_weights_it_began_with_may_be_gone(finetuned, pretrained, tmp_path):
   assert runs.summary(tmp_path / "run")["params_sha256"] == runs.summary(finetuned)["params_sha256"]
 
 
+@pytest.mark.parametrize("init", ["finetuned", ""])
+def test_other_weights_than_it_began_with_are_refused(pretrained, finetuned, tmp_path, init):
+  assert not run(tmp_path / "run", pretrained, stop_after=3)
+  with pytest.raises(
+    InputError, match=f"the run began with config.finetune.init='{pretrained}', and '.*' is something"
+  ):
+    run(tmp_path / "run", finetuned if init else "")
+  copy = tmp_path / "copy"
+  copy.symlink_to(pretrained)  # the same weights, elsewhere
+  assert run(tmp_path / "run", copy)
+
+
 def test_other_weights_to_begin_with_are_refused_before_the_first_checkpoint_too(pretrained, tmp_path):
   """A run that was killed there has logged losses of what it began with."""
   assert not run(tmp_path, pretrained, stop_after=0)

@@ -13,6 +13,7 @@ import runs
 from configs import quickstart
 from dtm_jax import config as config_lib
 from dtm_jax import metrics, pretraining, restore, sharding
+from dtm_jax import workdir as workdir_lib
 from dtm_jax.checkpoint import CheckpointStore
 from dtm_jax.config import MeshConfig
 from dtm_jax.data.pipeline import train_batches
@@ -65,13 +66,41 @@ def test_unreadable_images_are_remembered(tmp_path):
     assert len({index for row in rows for index in row.get("bad_indices", ())}) == rows[-1]["bad_images"] == 3
 
 
-@pytest.mark.parametrize("name", ["teacher_sha256", "train_images", "resampler"])
+@pytest.mark.parametrize("name", ["teacher_sha256", "train_images", "train_sha256", "resampler"])
 def test_other_inputs_than_the_run_began_with_are_refused(tmp_path, name):
   assert not run(tmp_path, stop_after=1)
   record = json.loads((tmp_path / "config.json").read_text())
   (tmp_path / "config.json").write_text(json.dumps(record | {name: "other"}))
   with pytest.raises(InputError, match=f"was begun with {name}='other', and now it is"):
     run(tmp_path)
+
+
+def test_a_record_of_an_older_version_may_lack_entries(tmp_path):
+  assert not run(tmp_path, stop_after=1)
+  record = json.loads((tmp_path / "config.json").read_text())
+  del record["train_sha256"]
+  (tmp_path / "config.json").write_text(json.dumps(record))
+  assert run(tmp_path)
+
+
+def test_two_at_a_time_are_refused(tmp_path):
+  assert not run(tmp_path, stop_after=1)
+  before = (tmp_path / "config.json").read_bytes()
+  with (
+    workdir_lib.locked(tmp_path),
+    pytest.raises(InputError, match=f"another process is at work in {tmp_path}; wait for it"),
+  ):
+    run(tmp_path)
+  assert (tmp_path / "config.json").read_bytes() == before
+  assert run(tmp_path)
+
+
+def test_a_complete_run_tells_of_other_inputs(uninterrupted, caplog):
+  elsewhere = dataclasses.replace(smoke_config().data, path="elsewhere")
+  config = dataclasses.replace(smoke_config(), data=elsewhere)
+  with caplog.at_level("WARNING", logger="absl"):
+    assert pretraining.run(config, uninterrupted, "test", lambda: False)
+  assert f"{uninterrupted} was run with config.data.path='', and that is not looked at again" in caplog.text
 
 
 def test_an_end_before_the_checkpoint_is_refused(tmp_path):

@@ -435,11 +435,6 @@ def test_a_checkpoint_goes_on_in_another_layout(tmp_path, layouts):
   np.testing.assert_allclose(losses, pretrained_alone()[1]["loss"][: len(losses)], rtol=1e-5)
 
 
-if __name__ == "__main__":
-  for kind in ("student", "classifier", "clip_vision"):
-    (GOLDEN / f"shardings_{kind}.txt").write_text(table(kind))
-
-
 @pytest.mark.parametrize(("tensor", "lines"), [(1, 0), (2, 1)])
 def test_attention_that_tensor_does_not_share_is_told(caplog, tensor, lines):
   settings = quickstart.get_config("smoke")  # three heads
@@ -447,3 +442,8 @@ def test_attention_that_tensor_does_not_share_is_told(caplog, tensor, lines):
   experiment.open_setup(config_lib.resolve(settings))
   told = [record.getMessage() for record in caplog.records if "heads of ViT-tiny" in record.getMessage()]
   assert len(told) == lines
+
+
+if __name__ == "__main__":
+  for kind in ("student", "classifier", "clip_vision"):
+    (GOLDEN / f"shardings_{kind}.txt").write_text(table(kind))

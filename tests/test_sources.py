@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -184,6 +185,28 @@ def test_folder_that_is_missing_empty_or_too_small(tmp_path):
   write_image(tmp_path / "only.png")
   with pytest.raises(InputError, match=r"too few images \(1\)"):
     sources.open_source(folder_config(tmp_path), "train")
+
+
+def test_fingerprints_are_of_the_images_wherever_they_lie(tmp_path, digits_config, digits_dir):
+  def of(name):
+    return sources.open_source(folder_config(tmp_path / name), "train").fingerprint()
+
+  for folder in ("a", "moved", "renamed", "changed"):
+    for i in range(20):
+      write_image(tmp_path / folder / f"class{i % 2}" / f"{i:02}{'x' * (folder == 'renamed' and i == 9)}.png", level=i)
+  (tmp_path / "changed/class1/09.png").write_bytes(b"longer" * 1000)
+  assert of("a") == of("moved")
+  assert len({of("a"), of("renamed"), of("changed")}) == 3
+
+  train, test = (sources.open_source(digits_config, split).fingerprint() for split in ("train", "eval"))
+  shutil.copytree(digits_dir, tmp_path / "digits")
+  copy = DataConfig(source="digits", path=str(tmp_path / "digits"), eval_split="test")
+  assert sources.open_source(copy, "train").fingerprint() == train != test
+  info = next((tmp_path / "digits").rglob("dataset_info.json"))
+  content = json.loads(info.read_text())
+  content["splits"][0]["numBytes"] = "1"
+  info.write_text(json.dumps(content))
+  assert sources.open_source(copy, "train").fingerprint() != train
 
 
 def test_synthetic_is_the_same_each_time_and_never_repeats():

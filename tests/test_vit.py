@@ -10,12 +10,7 @@ import pytest
 
 from dtm_jax import config
 from dtm_jax.convert import from_state_dict, load_torch
-from dtm_jax.models.attention import (
-  IMPLEMENTATIONS,
-  dot_product_attention,
-  num_relative_positions,
-  relative_position_bias,
-)
+from dtm_jax.models.attention import dot_product_attention, num_relative_positions, relative_position_bias
 from dtm_jax.models.layers import Dense, PatchEmbed, gelu, layer_norm, patchify
 from dtm_jax.models.variants import VARIANTS
 from dtm_jax.models.vit import ViT, truncated_normal
@@ -91,9 +86,8 @@ def test_parameter_counts(name):
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == PARAMETER_COUNTS[name]
 
 
-def test_config_offers_exactly_these_variants_and_attentions():
+def test_config_offers_exactly_these_variants():
   assert set(config.VARIANTS) == set(VARIANTS)
-  assert set(config.ATTENTIONS) == set(IMPLEMENTATIONS)
 
 
 def test_initial_values_follow_the_recipe():

@@ -16,9 +16,7 @@ with the first shard that is missing there.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import fcntl
 import gzip
 import hashlib
 import io
@@ -30,7 +28,7 @@ import shutil
 import struct
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -40,6 +38,7 @@ from PIL import Image
 
 from dtm_jax.data import sources, transforms
 from dtm_jax.errors import InputError
+from dtm_jax.files import locked
 
 VERSION = "1.0.0"
 _SHARD_EXAMPLES = 4096
@@ -145,7 +144,7 @@ def prepare(splits: Mapping[str, sources.Source], out: pathlib.Path, name: str) 
     raise InputError(f"--name={name!r} must be lower-case letters, digits and underscores, and begin with a letter")
   finished, partial = out / name / VERSION, out / name / f"incomplete.{VERSION}"
   (out / name).mkdir(parents=True, exist_ok=True)
-  with _only_one_writer(out / name):
+  with locked(out / name / ".lock", f"another process is preparing {out / name}; wait for it"):
     fingerprint = _fingerprint(splits)
     if finished.exists():
       _check_same_files(finished, fingerprint)
@@ -171,16 +170,6 @@ def plan_shards(name: str, split: str, num_examples: int) -> list[Shard]:
     )
     for i, start in enumerate(starts)
   ]
-
-
-@contextlib.contextmanager
-def _only_one_writer(folder: pathlib.Path) -> Iterator[None]:
-  with (folder / ".lock").open("w") as lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise InputError(f"another process is preparing {folder}; wait for it") from error
-    yield
 
 
 def _fingerprint(splits: Mapping[str, sources.Source]) -> dict[str, str]:

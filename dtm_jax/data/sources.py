@@ -1,5 +1,6 @@
 """Where encoded images come from: TFDS data sets, folders, scikit-learn's digits, or a generator."""
 
+import hashlib
 import io
 import os
 import pathlib
@@ -17,6 +18,7 @@ MAX_LABELS = 64  # of one image, where a data set has images of several classes
 IMAGE_SUFFIXES = frozenset(
   (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 )  # compared in lower case
+_FINGERPRINTED_SIZES = 1000  # files
 _HOLD_OUT_EVERY = 10  # images of a folder without an evaluation split
 
 
@@ -42,6 +44,9 @@ class Source(Protocol):
 
   def name(self, index: int) -> str:
     """What a log should call this image."""
+
+  def fingerprint(self) -> str:
+    """SHA-256 of what tells other images under the same settings, without reading them; the same wherever they lie."""
 
 
 def open_source(config: DataConfig, split: str) -> Source:
@@ -77,6 +82,7 @@ class TfdsSource:
 
     features, splits = builder.info.features, builder.info.splits
     self._name = f"{builder.name}/{split}"
+    self._contents = {name: (info.num_examples, info.num_bytes) for name, info in splits.items()}
     if not {part.partition("[")[0].strip() for part in split.split("+")} <= splits.keys():
       raise InputError(
         f"{builder.name} has no split {split!r}; set the split in config.data to one of {', '.join(splits)}"
@@ -106,6 +112,10 @@ class TfdsSource:
 
   def name(self, index: int) -> str:
     return f"{self._name}[{index}]"
+
+  def fingerprint(self) -> str:
+    """Of the name, and of how many images and bytes there are in each split."""
+    return _sha256(self._name, *map(str, sorted(self._contents.items())))
 
 
 def _classes(feature, name: str) -> tuple[int, tuple[int, ...]]:
@@ -175,6 +185,13 @@ class FolderSource:
 
   def name(self, index: int) -> str:
     return self._paths[index]
+
+  def fingerprint(self) -> str:
+    """Of all names, and of the sizes of some files: a network's file system takes long to tell those of a million."""
+    root = os.path.commonpath(self._paths)
+    sampled = self._paths[:: -(-len(self._paths) // _FINGERPRINTED_SIZES)]
+    names = (os.path.relpath(path, root) for path in self._paths)
+    return _sha256(*names, *(str(pathlib.Path(path).stat().st_size) for path in sampled))
 
 
 def _open_folder(config: DataConfig, split: str) -> FolderSource:
@@ -283,3 +300,10 @@ class SyntheticSource:
 
   def name(self, index: int) -> str:
     return f"synthetic/{self._split}[{index}]"
+
+  def fingerprint(self) -> str:
+    return _sha256("synthetic", self._split)
+
+
+def _sha256(*parts: str) -> str:
+  return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()

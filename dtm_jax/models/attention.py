@@ -3,8 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-IMPLEMENTATIONS = ("matmul", "xla", "cudnn")
-
 # cuDNN's fused attention trains with a bias only at even lengths; padding to a
 # multiple of 8 also keeps its rows aligned.
 _CUDNN_LENGTH_MULTIPLE = 8

@@ -23,7 +23,7 @@ from dtm_jax.data.sources import open_source
 from dtm_jax.errors import InputError
 from dtm_jax.study import pictures, results
 from dtm_jax.study.plan import Study, read_study
-from dtm_jax.study.runner import Runner, find_slots, locked
+from dtm_jax.study.runner import Runner, find_slots
 
 EXIT_FAILED = 1
 
@@ -70,7 +70,7 @@ def _check_data(study: Study) -> None:
 
 def _run(study: Study, jobs: int | None) -> int:
   workdirs.create(study.folder)
-  with locked(study.folder) as lock, signals.noted() as stop:
+  with workdirs.locked(study.folder) as lock, signals.noted() as stop:
     runner = Runner(study.folder, find_slots(jobs), lock, stop)
     logging.info("%s: %d cells in %s, %d at a time", study.title, len(study.cells), *(study.folder, len(runner.slots)))
     runner.run(study.cells, on_end=lambda: _report(study))

@@ -94,6 +94,9 @@ def read_study(page: str, scale: str, overrides: Sequence[str], folder: pathlib.
   if "runs" not in plan:
     raise InputError(f"--config={page} is the page of one run, not of a study; run it with dtm_jax.main")
 
+  if any(override.startswith("--config.run.seed") for override in overrides):
+    raise InputError(f"the seeds are the page's, {plan.seeds}; leave --config.run.seed out or change them in {page}")
+
   @functools.cache
   def read_run(run):
     arguments = (f"--config={page}:{scale}/{run}", *overrides)

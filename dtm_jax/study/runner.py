@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import pathlib
 import subprocess
@@ -22,6 +21,7 @@ from dtm_jax.study.plan import Cell
 DONE_FILE = "cell.json"  # the settings of a cell that is complete
 LOG_FILE = "log.txt"
 COMPILED = "compiled"  # programs that cells of one kind share
+_BEGAN_WITH = ("teacher_sha256", "init_sha256", "params_sha256")  # entries of the record, of a task each
 _POLL_SECONDS = 0.1
 _MAX_CPU_JOBS = 8  # each takes about a GiB of memory
 
@@ -86,21 +86,6 @@ def _confined_to(cores: frozenset[int]) -> Iterator[None]:
     os.sched_setaffinity(0, before)
 
 
-@contextlib.contextmanager
-def locked(folder: pathlib.Path) -> Iterator[int]:
-  """Holds the folder for this process and its children, to which the lock's file descriptor is passed.
-
-  Raises:
-    InputError: others are at work in it: a study, or cells that outlived one that was killed.
-  """
-  with (folder / "lock").open("w") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise InputError(f"a study is at work in {folder}; wait for it, stop it, or choose another --workdir") from error
-    yield file.fileno()
-
-
 @dataclasses.dataclass
 class _Running:
   cell: Cell
@@ -116,7 +101,7 @@ class Runner:
   Attributes:
     folder: of the study.
     slots: of the processes at a time, see `find_slots`.
-    lock: file descriptor, see `locked`.
+    lock: file descriptor of the folder's lock, which cells hold, too.
     stop: set, it stops the cells under way, which save.
     done: names of cells that are complete.
     failed: names of cells that are not, and of those that need them.
@@ -184,7 +169,11 @@ class Runner:
   def _note(self, ended: _Running, count: str) -> None:
     cell, code = ended.cell, ended.process.returncode
     workdir, seconds = self.folder / cell.name, time.perf_counter() - ended.start
-    if code == 0:
+    if code == 0 and not _is_up_to_date(self.folder, cell):
+      self.failed.add(cell.name)
+      told = "%s: FAILED: it is complete, and began from another %s than there is now; remove %s"
+      logging.info(told, cell.name, cell.needs, workdir)
+    elif code == 0:
       workdirs.write_json(workdir / DONE_FILE, to_json(cell.config))
       self.done.add(cell.name)
       logging.info("%s %s: %.0f s%s", count, cell.name, seconds, _scores(workdir))
@@ -210,9 +199,19 @@ def complete(folder: pathlib.Path, cells: Sequence[Cell]) -> set[str]:
   """
   names = set()
   for cell in cells:  # those that others need come first
-    if not cell.needs or cell.needs in names:
-      names |= {cell.name} if workdirs.read_json(folder / cell.name / DONE_FILE) == to_json(cell.config) else set()
+    is_done = workdirs.read_json(folder / cell.name / DONE_FILE) == to_json(cell.config)
+    if is_done and (not cell.needs or cell.needs in names) and _is_up_to_date(folder, cell):
+      names.add(cell.name)
   return names
+
+
+def _is_up_to_date(folder: pathlib.Path, cell: Cell) -> bool:
+  """Whether a cell that has run began from what the one that it needs has left, which may have been trained again."""
+  if not cell.needs:
+    return True
+  record = workdirs.read_json(folder / cell.name / workdirs.CONFIG_FILE) or {}
+  summary = workdirs.read_json(folder / cell.needs / workdirs.SUMMARY_FILE) or {}
+  return summary.get("params_sha256", "") in [record[name] for name in _BEGAN_WITH if name in record]
 
 
 def _scores(workdir: pathlib.Path) -> str:
