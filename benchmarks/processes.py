@@ -8,7 +8,8 @@ workers start. The target is 0.9 of one process's images per second. On GPUs one
 run it on CPUs.
 
 ViT-S reads JPEG files with its page's eight data workers in each process. Processes on CPUs exchange gradients by Gloo,
-array by array, and its thread spins while the other process is ahead: the quickstart's small steps pay most for that.
+array by array, and its thread spins while the other process is ahead: the quickstart's small steps pay most for that,
+and stay below the target.
 """
 
 import functools
