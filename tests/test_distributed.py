@@ -277,7 +277,7 @@ def test_only_the_first_of_two_processes_speaks(paired):
   assert stderr.count("unreadable image skipped") == 3
   assert [row["step"] for row in runs.rows(workdir)] == [*range(1, NUM_STEPS + 1)]
   assert sorted(path.name for path in workdir.iterdir()) == [
-    *("checkpoints", "config.json", "figures", "metrics.jsonl", "summary.json", "tensorboard")
+    *("checkpoints", "config.json", "figures", "lock", "metrics.jsonl", "summary.json", "tensorboard")
   ]
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from dtm_jax.config import DataConfig
 from dtm_jax.data import prepare, sources
 from dtm_jax.errors import InputError
+from dtm_jax.files import locked
 
 NUM_IMAGES = {"train": 20, "t10k": 5}
 
@@ -200,7 +201,7 @@ def test_a_finished_data_set_is_left_alone(idx_folder, tmp_path):
 
 def test_two_writers_of_one_data_set(idx_folder, tmp_path, capsys):
   (tmp_path / "my_digits").mkdir()
-  with prepare._only_one_writer(tmp_path / "my_digits"):
+  with locked(tmp_path / "my_digits" / ".lock", "held here"):
     assert run(idx_folder, f"--out={tmp_path}") == 2
   assert_one_line(capsys.readouterr().err, "another process is preparing")
 
