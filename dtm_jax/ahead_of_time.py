@@ -152,7 +152,7 @@ def _tpu_devices(topology: str) -> list[jax.Device]:
   except RuntimeError as error:
     reason = str(error).partition("\n")[0]
     if "not installed" in reason:
-      reason = "libtpu is not installed, which compiles for TPUs on any Linux machine: pip install 'dtm_jax[tpu]'"
+      reason = "libtpu is not installed, which compiles for TPUs on any Linux machine: pip install -e '.[tpu]'"
     raise InputError(f"--topology={topology}: {reason}; or take --topology=cpu:N") from error
 
 

@@ -254,6 +254,9 @@ class ExportedModel:
   exported: jax.export.Exported
   crop: float
 
+  def __repr__(self) -> str:
+    return f"<exported {self.exported.fun_name}: {self.image_size} px>"
+
   @property
   def image_size(self) -> int:
     """Pixels, square."""

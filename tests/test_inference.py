@@ -330,6 +330,7 @@ import numpy as np
 import dtm_jax
 folder = sys.argv[1]
 model = dtm_jax.load_exported(folder + "/new/model.stablehlo")
+assert len(repr(model)) < 200, repr(model)[:200]
 images = np.load(folder + "/images.npy")
 outputs = {}
 for count in (0, 1, 3, 11):
