@@ -1,4 +1,4 @@
-"""The training step compiled without data, weights or the devices that it is for: what it will need of them."""
+"""The training step compiled without the devices that it is for, and without images or weights that are not there."""
 
 import collections
 import dataclasses
@@ -16,7 +16,8 @@ from jax.experimental import topologies
 from dtm_jax import collectives, compile_cache, experiment, finetuning, pretraining, roofline, sharding
 from dtm_jax.collectives import Collective
 from dtm_jax.command_line import Plan
-from dtm_jax.config import Config
+from dtm_jax.config import Config, DataConfig
+from dtm_jax.data.sources import Source, open_source
 from dtm_jax.errors import InputError
 from dtm_jax.models.clip import CLIP_B16, ClipVision
 from dtm_jax.models.layers import Constrain
@@ -160,7 +161,7 @@ def _tpu_devices(topology: str) -> list[jax.Device]:
 
 
 def compile_step(config: Config, devices: list[jax.Device]) -> Compiled:
-  """Compiles the very step that training would run; opens neither data nor weights that are not there.
+  """Compiles the very step that training would run; what is there of data and weights is opened, the rest assumed.
 
   Raises:
     InputError: the settings do not fit each other or the devices, or the compiler finds that memory does not do.
@@ -193,19 +194,28 @@ def compile_step(config: Config, devices: list[jax.Device]) -> Compiled:
 
 def _plan_parts(config: Config, devices: list[jax.Device]) -> tuple[experiment.Parts, tuple[str, ...]]:
   """What the run would be made of, arrays by their shapes only, and what is assumed of the rest."""
-  source = UnseenSource(_IMAGENET_IMAGES, _IMAGENET_CLASSES)
-  setup = experiment.open_setup(config, devices, lambda data, split: source)
-  images = f"{_IMAGENET_IMAGES:,} training images (of which only the learning rate depends)"
-  if config.task == "finetune":
-    return finetuning.assemble(setup), (f"{_IMAGENET_CLASSES:,} classes", images)
+  setup = experiment.open_setup(config, devices, plan_source)
   assumed = []
+  if isinstance(setup.train_source, UnseenSource):
+    assumed.append(f"{_IMAGENET_IMAGES:,} training images of {_IMAGENET_CLASSES:,} classes, as in ImageNet")
+  if config.task == "finetune":
+    return finetuning.assemble(setup), tuple(assumed)
 
   def open_teacher(constrain: Constrain) -> tuple[Teacher, Any]:
     teacher, params, taken = plan_teacher(config, constrain)
     assumed.extend(taken)
     return teacher, params
 
-  return pretraining.assemble(setup, open_teacher), (*assumed, images)
+  parts = pretraining.assemble(setup, open_teacher)
+  return parts, tuple(assumed)
+
+
+def plan_source(config: DataConfig, split: str) -> Source | UnseenSource:
+  """The configured images, or ImageNet's number of them where they are not there."""
+  try:
+    return open_source(config, split)
+  except InputError:
+    return UnseenSource(_IMAGENET_IMAGES, _IMAGENET_CLASSES)
 
 
 def plan_teacher(config: Config, constrain: Constrain) -> tuple[Teacher, Any, tuple[str, ...]]:
@@ -257,7 +267,7 @@ def report(compiled: Compiled, chip: Chip | None, mfu: float) -> list[str]:
   lines = [
     f"{parts.title}: one step of {config.data.batch_size} images on {sharding.describe(parts.mesh)} ({kind}),"
     f" compiled in {compiled.seconds:.1f} s",
-    f"assumed: {'; '.join(compiled.assumed)}",
+    *([f"assumed: {'; '.join(compiled.assumed)}"] if compiled.assumed else []),
     f"memory of each device: {_gib(compiled.needed)} = arguments {_gib(compiled.arguments)} + outputs"
     f" {_gib(compiled.outputs)} - outputs in the arguments' place {_gib(compiled.aliased)} + temporaries"
     f" {_gib(compiled.temporaries)}",
@@ -279,11 +289,12 @@ _CPU_CAVEAT = "its loops are fused less and its products of bfloat16 are made in
 def _chip_lines(compiled: Compiled, chip: Chip, mfu: float) -> list[str]:
   seconds = roofline.least_seconds(chip, compiled.flops, compiled.moved or 0.0, mfu)
   rate = compiled.parts.config.data.batch_size / seconds.step
+  fit = "fits" if compiled.needed <= chip.memory * 2**30 else "does not fit"
   return [
     f"expected, not measured: at least {seconds.step:.3g} s per step, at most {rate:.4g} images/s: the longer of"
     f" computing ({seconds.computing:.3g} s at {mfu:.0%} of {chip.teraflops:.4g} TFLOP/s) and moving bytes"
     f" ({seconds.moving:.3g} s at {chip.bandwidth:.4g} GB/s); waiting for other devices or images is not in it",
-    f"{'fits' if compiled.needed <= chip.memory * 2**30 else 'does not fit'} in {chip.memory:.4g} GiB",
+    f"{fit} in {chip.memory:.4g} GiB, what a program can have of each device",
   ]
 
 

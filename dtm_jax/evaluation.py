@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from dtm_jax import distributed, metrics, sharding
 from dtm_jax import workdir as workdirs
 from dtm_jax.config import OF_CHECKPOINT, Config, to_json
+from dtm_jax.data.pipeline import num_evaluated
 from dtm_jax.data.sources import NO_LABEL, Source, open_source
 from dtm_jax.data.transforms import RESAMPLER
 from dtm_jax.errors import InputError, StoppedError
@@ -54,7 +55,7 @@ def build(config: Config) -> Parts:
   checkpoint = read_checkpoint(config)
   config = with_data_of(checkpoint, config)
   train_source = open_source(config.data, "train") if config.eval.needs_features else None
-  names = config.eval.sets or (config.data.name,)
+  names = config.eval.sets or (config.data.name if config.data.source == "tfds" else "test",)
   test_sources = {name: open_source(dataclasses.replace(config.data, name=name), "eval") for name in names}
   num_classes = test_sources[names[0]].num_classes
   if num_classes is None and (config.eval.needs_labels or config.eval.classify):
@@ -77,8 +78,8 @@ def _check_classifier(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> 
   for name, source in sources.items():
     if source.num_classes != known:
       raise InputError(
-        f"{checkpoint.path} tells {known} classes, and the images of {name} are of {source.num_classes}; name images of"
-        " its classes (config.data), or fine-tune it on these"
+        f"{checkpoint.path} tells {known} classes, and the {name} images are of {source.num_classes}; name images of its"
+        " classes (config.data), or fine-tune it on these"
       )
 
 
@@ -203,7 +204,7 @@ def _evaluate(parts: Parts, workdir: pathlib.Path, stop_requested: Callable[[], 
       values = {name: value for name, value in result.items() if isinstance(value, float)}
       if values:
         writer.write(checkpoint.step, values)
-        logging.info(", ".join(f"{name} {100 * value:.1f} %" for name, value in values.items()))
+        logging.info(metrics.told(values))
         if stop_requested():
           raise StoppedError
   return summary
@@ -223,9 +224,13 @@ def _extract(parts: Parts, workdir: pathlib.Path, stop_requested: Callable[[], b
   """Features of the training and of the test images, saved where that is asked."""
   config, (test_source,) = parts.config, parts.test_sources.values()
   extract = FeatureExtractor(config, parts.mesh, make_feature_fn(config, parts.checkpoint.model))
-  extract = functools.partial(extract, parts.checkpoint.params, stop_requested=stop_requested)
-  train = extract(parts.train_source, config.eval.max_train_images, title="training images")
-  test = extract(test_source, config.eval.max_test_images, title="test images")
+
+  def of_split(title: str, source: Source, limit: int | None) -> Features:
+    logging.info("features of %d %s images", num_evaluated(source, limit), title)
+    return extract(parts.checkpoint.params, source, limit, stop_requested, f"{title} images")
+
+  train = of_split("training", parts.train_source, config.eval.max_train_images)
+  test = of_split("test", test_source, config.eval.max_test_images)
   if config.eval.save_features:
     save_features(workdir / "features_train.npz", train)
     save_features(workdir / "features_test.npz", test)
@@ -266,7 +271,7 @@ def _check_classes(name: str, labels: np.ndarray, num_classes: int) -> None:
   """Of images with several classes, NO_LABEL only fills up. Raises InputError where a label is none of the classes."""
   given = labels if labels.ndim == 1 else labels[labels != NO_LABEL]
   if not len(given):
-    raise InputError(f"no image of {name} has a class; name others (config.data)")
+    raise InputError(f"no {name} image has a class; name others (config.data)")
   check_labels(name, given, num_classes)
 
 
@@ -290,10 +295,10 @@ def _results_of_features(
 def _linear(config: Config, train: Features, test: Features, num_classes: int, mesh: Mesh) -> dict[str, Any]:
   solver, seed = config.eval.linear_solver, config.run.seed
   if solver == "lbfgs":
-    candidates = linear_probe.INVERSE_STRENGTHS
+    tried, candidates = "C (inverse regularisation)", linear_probe.INVERSE_STRENGTHS
     fit = functools.partial(linear_probe.fit_lbfgs, num_classes=num_classes, mesh=mesh)
   else:
-    candidates = linear_probe.LEARNING_RATES[solver]
+    tried, candidates = "learning rate", linear_probe.LEARNING_RATES[solver]
     fit = functools.partial(
       linear_probe.fit_sgd,
       num_classes=num_classes,
@@ -304,7 +309,10 @@ def _linear(config: Config, train: Features, test: Features, num_classes: int, m
     )
   probe = linear_probe.linear_probe(train, test, fit, candidates, seed=seed)
   if probe.chosen in (candidates[0], candidates[-1]):
-    logging.warning("the best %s of the linear probe, %g, is at an end of those tried", solver, probe.chosen)
+    logging.warning(
+      "linear probe: the best %s, %g, is the %s of those tried; a better one may lie beyond",
+      *(tried, probe.chosen, "smallest" if probe.chosen == candidates[0] else "largest"),
+    )
   return {"linear_top1": probe.top1, "linear": {"solver": solver, **probe._asdict()}}
 
 
@@ -338,8 +346,7 @@ def save_features(path: pathlib.Path, features: Features) -> None:
 
 
 def _log_summary(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
-  scores = {name for name, value in summary.items() if isinstance(value, float) and "/" not in name} - {"seconds"}
-  told = {name: f"{100 * value:.1f} %" for name, value in summary.items() if name in scores}
-  told |= {name: summary[name] for name in ("train_images", "test_images", "num_classes", "seconds") if name in summary}
-  logging.info("done: %s", ", ".join(f"{name} {value}" for name, value in told.items()))
+  told = {name: value for name, value in summary.items() if isinstance(value, float) and "/" not in name}
+  counts = {name: summary[name] for name in ("train_images", "test_images", "num_classes") if name in summary}
+  logging.info("done: %s", metrics.told(told | counts))
   logging.info("see %s", workdir / SUMMARY_FILE)

@@ -384,8 +384,7 @@ class _Session:
     if writer.find(step, parts.scores[0]) is None:
       values = parts.evaluate(state, self.stop_requested)
       writer.write(step, values)
-      told = ", ".join(f"{name} {100 * value:.1f} %" for name, value in values.items())
-      logging.info("step %d: %s", step, told)
+      logging.info("step %d: %s", step, metrics.told(values))
     if self.best is not None and writer.best(parts.scores, until=step).step == step:
       self.best.save(state)
 
@@ -425,12 +424,8 @@ def _watch(batches: Iterator[Batch], met: list[int], observe: Callable[[], None]
 
 
 def _log_summary(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
-  logging.info("done: %s", ", ".join(f"{name} {_short(value)}" for name, value in summary.items()))
+  logging.info("done: %s", metrics.told(summary))
   logging.info("see %s, %s and %s", *(workdir / name for name in (SUMMARY_FILE, metrics.FILE, "figures")))
-
-
-def _short(value: Any) -> str:
-  return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _new_record(parts: Parts, command: str) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """A trained model in use: uint8 images in, features or class probabilities out; and one file that does the same."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import os
 import pathlib
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -126,7 +127,7 @@ class Model:
     (batch,) = jax.export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((batch, self.image_size, self.image_size, 3), np.uint8)
     program = jax.jit(functools.partial(function, self.checkpoint.params))
-    with jax.default_matmul_precision("float32"):
+    with jax.default_matmul_precision("float32"), _file_names_only():
       return jax.export.export(program, platforms=PLATFORMS)(images)
 
   def _function(self, what: str) -> Callable[[Any, jax.Array], Any]:
@@ -240,6 +241,18 @@ def _checked_colors(name: str, values: tuple[float, float, float]) -> tuple[floa
 
 
 # ------------------------------------------------------------ exported files
+
+
+@contextlib.contextmanager
+def _file_names_only() -> Iterator[None]:
+  """A program tells of which line each operation is; in which folders of this machine the files lie is left out."""
+  name = "jax_hlo_source_file_canonicalization_regex"
+  before = getattr(jax.config, name)
+  jax.config.update(name, ".*/")
+  try:
+    yield
+  finally:
+    jax.config.update(name, before)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -3,13 +3,14 @@
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dtm_jax import distributed
 from dtm_jax.errors import InputError
 
 FILE = "metrics.jsonl"
+_SHARES = ("top1", "top5", "mce")  # ends of names of scores
 
 
 class Score(NamedTuple):
@@ -76,6 +77,19 @@ class MetricWriter:
   def close(self) -> None:
     if self._tensorboard is not None:
       self._tensorboard.close()
+
+
+def told(values: Mapping[str, Any]) -> str:
+  """Values by name for people: scores in percent, other numbers with four digits."""
+  return ", ".join(f"{name} {_told(name, value)}" for name, value in values.items())
+
+
+def _told(name: str, value: Any) -> str:
+  if not isinstance(value, float):
+    return str(value)
+  if name.endswith(_SHARES):
+    return f"{100 * value:.1f} %"
+  return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 
 
 def read_rows(workdir: pathlib.Path) -> list[dict[str, Any]]:

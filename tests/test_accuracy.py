@@ -232,7 +232,7 @@ def sketches(tmp_path_factory):
 @pytest.mark.parametrize(
   ("file", "message"),
   [
-    ("finetune_tiny.pth", "tells 7 classes, and the images of imagenet_sketch are of 1000; name images of its classes"),
+    ("finetune_tiny.pth", "tells 7 classes, and the imagenet_sketch images are of 1000; name images of its classes"),
     ("student_tiny.pth", "is no classifier but a student; fine-tune it first, or evaluate its features"),
     ("clip_vision_tiny.pth", "is no classifier but a clip_vision"),
   ],
@@ -277,4 +277,4 @@ def test_a_set_of_which_no_image_has_a_class(classifier, tmp_path, capsys):
   miniatures.write(tmp_path, "imagenet2012_real", features, {"validation": [[], []]})
   for name, only_own in (("a", False), ("b", True)):
     code = evaluate("imagenet_real", classifier[0], tmp_path, tmp_path / name, eval__only_own_classes=only_own)
-    assert "no image of imagenet2012_real has a class" in fails(capsys, code)
+    assert "no imagenet2012_real image has a class" in fails(capsys, code)

@@ -110,6 +110,13 @@ def test_teachers_whose_weights_are_not_there(kind, weights, assumed, width):
   assert jax.eval_shape(teacher.apply, params, images).shape == (2, 4, width)
 
 
+@pytest.mark.parametrize(("source", "found"), [("digits", (1437, 10)), ("folder", (1_281_167, 1000))])
+def test_images_that_are_there_tell_their_number_and_classes(source, found):
+  config = make_config(data__source=source, data__path="" if source == "digits" else "/nonexistent")
+  planned = ahead_of_time.plan_source(config.data, "train")
+  assert (len(planned), planned.num_classes) == found
+
+
 def test_weights_that_are_there_tell_their_sizes():
   file = str(runs.ROOT / "tests/golden/student_tiny.pth")
   config = make_config(teacher__kind="checkpoint", teacher__weights=file, model__patch_size=8, data__image_size=64)
@@ -172,7 +179,7 @@ def test_a_process_of_its_own_has_the_devices_it_is_told(tmp_path):
   process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
   assert process.returncode == 0 and "error" not in process.stderr, process.stderr
   assert "one step of 32 images on 16 cpu devices" in process.stdout and "fits in 15.75 GiB" in process.stdout
-  assert "assumed: 1,000 classes" in process.stdout
+  assert "assumed: 1,281,167 training images of 1,000 classes, as in ImageNet\n" in process.stdout
   assert not [*tmp_path.iterdir()]
 
 

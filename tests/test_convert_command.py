@@ -136,6 +136,7 @@ def test_a_work_folder(tmp_path, capsys):
     (["listed", "out.pth"], "config.json is not the record of a training run"),
     (["no_width", "out.pth"], "config.json is not the record of a training run"),
     ([STUDENT, "out.safetensors"], "--to=huggingface makes a folder"),
+    ([STUDENT, "out.onnx"], "out.onnx is no name for what is written: --to=release writes a file for PyTorch"),
     ([STUDENT, "out.pth", "--num_classes=3", "--seed=-1"], "seed=-1 is negative"),
     ([STUDENT, "out.pth", f"--num_classes={10**15}"], "at most 1000000"),
     ([STUDENT, "out.pth", f"--image_size={8 * 10**9}"], "1 to 128 to a side"),

@@ -146,6 +146,7 @@ def test_bare_model_with_mean_pooling_is_a_classifier_without_head(tmp_path):
 @torch.no_grad()
 def test_written_student_gives_the_recorded_features_and_tokens(tmp_path):
   save_hugging_face(tmp_path / "out", "student", load_torch(GOLDEN / "student_tiny.pth")[2])
+  assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1  # safetensors' own is for one user
   recorded = np.load(GOLDEN / "student_tiny_features.npz")
   model = transformers.BeitModel.from_pretrained(tmp_path / "out").eval()
   features = model(torch.from_numpy(recorded["image_nchw"])).last_hidden_state

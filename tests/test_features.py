@@ -3,8 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import quickstart
+from dtm_jax import config as config_lib
+from dtm_jax import sharding
+from dtm_jax.data.sources import SyntheticSource
 from dtm_jax.errors import InputError
-from dtm_jax.evaluate.features import extract_features
+from dtm_jax.evaluate.features import FeatureExtractor, extract_features
 
 
 def batches_of(images, labels, size):
@@ -33,3 +37,20 @@ def test_no_image_is_one_clear_line():
   for batches in ([], [padding]):
     with pytest.raises(InputError, match="no images"):
       extract_features(lambda x: x[:, 0, 0], batches)
+
+
+@pytest.mark.parametrize(("batch_size", "limit", "batch"), [(256, 5, 8), (256, None, 128), (13, None, 16)])
+def test_a_batch_is_no_larger_than_the_split(batch_size, limit, batch):
+  """Rounded up to the eight devices: a few images do not cost what a whole batch would."""
+  settings = quickstart.get_config("smoke")
+  settings.eval.batch_size = batch_size
+  config = config_lib.resolve(settings)
+  sizes = set()
+
+  def feature_fn(params, images):
+    sizes.add(len(images))
+    return images[:, 0, 0].astype(jnp.float32)
+
+  extract = FeatureExtractor(config, sharding.create_mesh(config.mesh), feature_fn)
+  found = extract({}, SyntheticSource("eval"), limit, lambda: False)
+  assert (sizes, len(found.labels)) == ({batch}, limit or 128)

@@ -354,6 +354,7 @@ def test_jax_alone_reads_the_file_and_a_damaged_one_is_told(tmp_path):
   file = tmp_path / "model.stablehlo"
   load("classifier").export(file, "classify")
   content = file.read_bytes()
+  assert b"vit.py" in content and str(pathlib.Path(dtm_jax.__file__).parent).encode() not in content
   values = jax.export.deserialize(bytearray(content)).call(some_images()[:2])
   np.testing.assert_allclose(values, direct("classifier", "classify")[""][:2], rtol=0, atol=3e-7)
   middle = len(content) // 2

@@ -23,8 +23,7 @@ from dtm_jax.convert.transfer import TABLES, resize_tables, to_classifier
 from dtm_jax.convert.writing import HUGGING_FACE_FILES, save_hugging_face, save_torch, sizes_of
 from dtm_jax.errors import InputError, some_of
 
-# Of other programs' weights files: no name for a folder, unless it is asked for.
-_FILE_SUFFIXES = (".safetensors", ".bin", ".npz", ".ckpt")
+_TORCH_SUFFIXES = (".pth", ".pt")
 # As the report's fields are told, but for what is refused.
 _TITLES = {
   "loaded": "loaded",
@@ -78,12 +77,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check_target(options: argparse.Namespace) -> pathlib.Path:
   """The weights file to write, before anything is read."""
-  if options.to is None and options.output.suffix.lower() in _FILE_SUFFIXES:
+  is_torch = options.output.suffix in _TORCH_SUFFIXES
+  if options.to is None and options.output.suffix and not is_torch:  # no name for a folder, unless it is asked for
     raise InputError(
       f"{options.output} is no name for what is written: --to=release writes a file for PyTorch, name it .pth;"
       " --to=huggingface makes a folder"
     )
-  options.to = options.to or ("release" if options.output.suffix in (".pth", ".pt") else "huggingface")
+  options.to = options.to or ("release" if is_torch else "huggingface")
   if options.num_classes is None and (options.tables, options.seed) != (None, None):
     raise InputError("--tables and --seed are for a fine-tuning model; give --num_classes too")
   target = options.output if options.to == "release" else options.output / HUGGING_FACE_FILES[0]

@@ -91,6 +91,7 @@ def save_hugging_face(folder: str | os.PathLike, kind: str, params: Mapping) -> 
     except SafetensorError as error:
       raise OSError(error) from error
     config.write_text(json.dumps(hugging_face_config(kind, model), indent=2) + "\n")
+    weights.chmod(config.stat().st_mode)  # safetensors writes for its owner alone
 
 
 def _rename(layout: Layout, params: Mapping) -> tuple[dict, dict[str, np.ndarray]]:

@@ -114,6 +114,11 @@ def eval_batches(
   return _run(chunks[process_index::process_count], config.data.num_workers)
 
 
+def num_evaluated(source: Source, limit: int | None) -> int:
+  """How many images `eval_batches` gives."""
+  return len(source) if limit is None else min(limit, len(source))
+
+
 class BadImageMonitor:
   """Names every unreadable image in the log once, and stops the run when there are too many."""
 
@@ -260,7 +265,7 @@ def _run(batches: grain.MapDataset, num_workers: int) -> Generator[dict[str, np.
   threads = 1 if num_workers else _READ_THREADS
   dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
   if num_workers:
-    resource_tracker.ensure_running()  # it would unblock the signals that `_deaf_offspring` blocks
+    _start_resource_tracker()
     if not flags.FLAGS.is_parsed():  # Grain reads absl flags, also where no absl app runs
       flags.FLAGS.mark_as_parsed()
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_init_worker)
@@ -274,6 +279,21 @@ def _run(batches: grain.MapDataset, num_workers: int) -> Generator[dict[str, np.
         return
       # Workers send views of shared memory: scarce, and not to be aliased by a device array.
       yield {name: np.array(value) for name, value in batch.items()}
+
+
+def _start_resource_tracker() -> None:
+  """Not later: it would unblock the signals that `_deaf_offspring` blocks.
+
+  It removes what a run has to leave behind that ends at once, and need not warn of that.
+  """
+  before = os.environ.get("PYTHONWARNINGS")
+  os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (before, "ignore:resource_tracker:UserWarning")))
+  try:
+    resource_tracker.ensure_running()
+  finally:
+    del os.environ["PYTHONWARNINGS"]
+    if before is not None:
+      os.environ["PYTHONWARNINGS"] = before
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from dtm_jax import console, distributed, sharding
 from dtm_jax.config import Config
-from dtm_jax.data.pipeline import BadImageMonitor, EvalBatch, eval_batches
+from dtm_jax.data.pipeline import BadImageMonitor, EvalBatch, eval_batches, num_evaluated
 from dtm_jax.data.sources import Source
 from dtm_jax.errors import InputError, StoppedError
 
@@ -29,7 +29,7 @@ class Features(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FeatureExtractor:
-  """Computes features of whole splits, batches split over the mesh; compiles once, for any parameters.
+  """Computes features of whole splits, batches split over the mesh; compiles once for each size of a batch.
 
   Attributes:
     config: sizes of images and batches.
@@ -66,7 +66,8 @@ class FeatureExtractor:
       InputError: no image, or too many unreadable ones.
       StoppedError: `stop_requested` was true.
     """
-    batch_size = sharding.round_up(self.config.eval.batch_size, self.mesh)
+    total = num_evaluated(source, limit)
+    batch_size = sharding.round_up(min(self.config.eval.batch_size, max(total, 1)), self.mesh)
     split, everywhere = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
     params = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else sharding.place(x, everywhere), params)
 
@@ -80,7 +81,6 @@ class FeatureExtractor:
     batches = eval_batches(self.config, source, batch_size, limit=limit, process_index=index, process_count=count)
     with contextlib.closing(batches):
       monitor = BadImageMonitor(source, self.config.data.max_bad_fraction)
-      total = len(source) if limit is None else min(limit, len(source))
       with console.progress_bar(total=total, desc=title, unit="image", leave=False) as bar:
         return extract_features(feature_fn, _watch(_global_rows(batches, of_all), monitor, bar, stop_requested))
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from absl import logging
 
+from dtm_jax import metrics
 from dtm_jax import workdir as workdirs
 from dtm_jax.config import to_json
 from dtm_jax.console import EXIT_SIGNAL
@@ -217,7 +218,7 @@ def _is_up_to_date(folder: pathlib.Path, cell: Cell) -> bool:
 def _scores(workdir: pathlib.Path) -> str:
   summary = workdirs.read_json(workdir / workdirs.SUMMARY_FILE)
   scores = {name: summary[name] for name in ("top1", "knn_top1", "linear_top1", "fewshot_top1") if name in summary}
-  return "".join(f", {name} {100 * value:.1f} %" for name, value in scores.items())
+  return f", {metrics.told(scores)}" if scores else ""
 
 
 def _last_line(text: str) -> str:

@@ -29,7 +29,7 @@ def stop_when(condition, process, number: int = signal.SIGTERM) -> tuple[float, 
   process.send_signal(number)
   code, stderr = runs.finish(process)
   assert code == 143, stderr
-  assert "Traceback" not in stderr
+  assert "Traceback" not in stderr and "leaked" not in stderr
   return time.monotonic() - start, stderr
 
 
