@@ -78,8 +78,8 @@ def _check_classifier(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> 
   for name, source in sources.items():
     if source.num_classes != known:
       raise InputError(
-        f"{checkpoint.path} tells {known} classes, and the {name} images are of {source.num_classes}; name images of its"
-        " classes (config.data), or fine-tune it on these"
+        f"{checkpoint.path} tells {known} classes, and the {name} images are of {source.num_classes}; name images of"
+        " its classes (config.data), or fine-tune it on these"
       )
 
 

@@ -32,10 +32,10 @@ def morphing_figure(
   path: str | os.PathLike,
   images: np.ndarray,
   labels: np.ndarray,
-  settings: Sequence[tuple[int, int]],
+  iterations: int,
   grid: tuple[int, int],
 ) -> None:
-  """Writes a PNG with one row per image: the image, then its token groups under each setting.
+  """Writes a PNG with one row per image: the image, then its token groups, fewer from column to column.
 
   Every group has the mean colour of its pixels and a thin border; parts of a group may lie apart.
 
@@ -43,13 +43,13 @@ def morphing_figure(
     path: file to write; its folder is made where it is missing.
     images: uint8 [M, H, W, 3].
     labels: int [M, C, N], group of each token under each of the C settings, row-major over the grid.
-    settings: (tokens to merge n, iterations k) of each of the C columns.
+    iterations: rounds of matching, k, in all settings.
     grid: patches (down, across), with N = down * across.
 
   Raises:
     InputError: the file cannot be written.
   """
-  rows, columns = len(images), 1 + len(settings)
+  rows, columns = len(images), 1 + labels.shape[1]
   height, width = grid
   figure = Figure(
     figsize=(_PANEL_INCHES * columns, _PANEL_INCHES * height / width * rows + 0.5), dpi=DPI, layout="constrained"
@@ -62,8 +62,9 @@ def morphing_figure(
       _show(panel, group_colors(image, group, grid), grid)
       _draw_borders(panel, group, grid)
   panels[0, 0].set_title("image", fontsize=_TITLE_POINTS)
-  for panel, (num_merged, iterations), group in zip(panels[0, 1:], settings, labels[0], strict=True):
-    title = f"n = {num_merged}, k = {iterations}:\n{len(np.unique(group))} groups"
+  for panel, group in zip(panels[0, 1:], labels[0], strict=True):
+    groups = len(np.unique(group))
+    title = f"{len(group) - groups} of {len(group)} tokens merged\nin {iterations} rounds: {groups} groups"
     panel.set_title(title, fontsize=_TITLE_POINTS)
   save_figure(figure, path)
 

@@ -96,10 +96,11 @@ class Parts(experiment.Parts):
     images = self.evaluation_images(config.eval.figure_images) if config.eval.figure_images else ()
     if not len(images):
       return
-    settings = figures.morphing_settings(config.morphing_budget, config.morphing.max_iterations // 2)
+    iterations = config.morphing.max_iterations // 2
+    settings = figures.morphing_settings(config.morphing_budget, iterations)
     label_fn = jax.jit(make_label_fn(config, self.teacher, settings))
     labels = distributed.to_host(label_fn(self.teacher_params, images))
-    figures.morphing_figure(workdir / "figures" / "morphing.png", images, labels, settings, config.grid)
+    figures.morphing_figure(workdir / "figures" / "morphing.png", images, labels, iterations, config.grid)
 
   def results(self, writer: metrics.MetricWriter) -> dict[str, Any]:
     after = writer.find(self.total_steps, "knn_top1")

@@ -59,11 +59,14 @@ def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
 
 def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
   """Devices along each of `axes.MESH_AXES`. Raises InputError where they do not multiply to `num_devices`."""
-  sizes = [config.data, config.fsdp, config.tensor]
-  known = math.prod(size for size in sizes if size != -1)
-  sizes = [num_devices // known if size == -1 else size for size in sizes]
+  asked = [config.data, config.fsdp, config.tensor]
+  known = math.prod(size for size in asked if size != -1)
+  sizes = [num_devices // known if size == -1 else size for size in asked]
   if math.prod(sizes) != num_devices:
-    raise InputError(f"config.mesh data x fsdp x tensor = {sizes} does not fit {num_devices} devices; -1 infers a size")
+    raise InputError(
+      f"config.mesh data x fsdp x tensor = {asked} does not multiply to the number of devices, {num_devices}; -1 infers"
+      " one of them, and JAX_NUM_CPU_DEVICES=8 in the environment makes eight of a CPU"
+    )
   return tuple(sizes)
 
 

@@ -67,11 +67,15 @@ def test_morphing_figure_shows_images_groups_and_counts(tmp_path, saved_figures)
   half = np.arange(196) // 2 * 2
   labels = np.stack([np.stack([np.arange(196), half]), np.stack([np.arange(196), half[::-1].copy()])])
   path = tmp_path / "figures" / "morphing.png"
-  figures.morphing_figure(path, images, labels, [(0, 7), (98, 7)], (14, 14))
+  figures.morphing_figure(path, images, labels, 7, (14, 14))
 
   panels = np.reshape(saved_figures[0].axes, (2, 3))
   titles = [panel.get_title() for panel in panels[0]]
-  assert titles == ["image", "n = 0, k = 7:\n196 groups", "n = 98, k = 7:\n98 groups"]
+  assert titles == [
+    "image",
+    "0 of 196 tokens merged\nin 7 rounds: 196 groups",
+    "98 of 196 tokens merged\nin 7 rounds: 98 groups",
+  ]
   np.testing.assert_array_equal(panels[1, 0].images[0].get_array(), images[1])
   expected = figures.group_colors(images[1], labels[1, 1], (14, 14))
   np.testing.assert_array_equal(panels[1, 2].images[0].get_array(), expected)
@@ -84,7 +88,7 @@ def test_morphing_figure_shows_images_groups_and_counts(tmp_path, saved_figures)
 def test_pixels_of_tiny_images_stay_squares(tmp_path):
   image = np.zeros((8, 8, 3), np.uint8)
   image[::2, ::2] = image[1::2, 1::2] = (255, 0, 0)
-  figures.morphing_figure(tmp_path / "tiny.png", image[None], np.zeros((1, 1, 4), int), [(3, 1)], (2, 2))
+  figures.morphing_figure(tmp_path / "tiny.png", image[None], np.zeros((1, 1, 4), int), 1, (2, 2))
   with Image.open(tmp_path / "tiny.png") as png:
     colors = png.convert("RGB").crop((20, 80, 250, 300)).getcolors()  # inside the first panel
   assert {color for _, color in colors} == {(0, 0, 0), (255, 0, 0)}

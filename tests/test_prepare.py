@@ -250,12 +250,21 @@ def test_images_without_labels(idx_folder, tmp_path, capsys):
   assert_one_line(capsys.readouterr().err, "20 images but 19 labels")
 
 
-def test_a_file_that_is_no_image_is_named(tmp_path, capsys):
-  root = image_folder(tmp_path / "insects")
-  (root / "bee" / "4.jpg").write_text("a note")
-  assert run(root, f"--out={tmp_path / 'out'}") == 2
-  assert_one_line(capsys.readouterr().err, f"{root}/bee/4.jpg is not an image", "remove or repair it")
-  assert not (tmp_path / "out" / "insects" / "1.0.0").exists()
+def test_all_files_that_are_no_images_are_named_at_once(tmp_path, capsys):
+  root, out = image_folder(tmp_path / "insects"), tmp_path / "out"
+  bad = [root / "ant" / "2.jpg", root / "bee" / "4.jpg"]  # of two shards
+  good = [path.read_bytes() for path in bad]
+  for path in bad:
+    path.write_text("a note")
+  assert run(root, f"--out={out}") == 2
+  told = capsys.readouterr().err
+  assert_one_line(told, f"{bad[0]}, {bad[1]}: no images that can be read", "remove or repair them")
+  assert all(told.count(f"cannot be read: {path}\n") == 1 for path in bad)
+  assert not (out / "insects" / "1.0.0").exists()
+  for path, content in zip(bad, good, strict=True):
+    path.write_bytes(content)
+  assert run(root, f"--out={out}") == 0
+  assert len(open_split(out, "insects")) == 16
 
 
 def test_folders_that_cannot_be_used(tmp_path, capsys):

@@ -103,11 +103,19 @@ def test_a_complete_run_tells_of_other_inputs(uninterrupted, caplog):
   assert f"{uninterrupted} was run with config.data.path='', and that is not looked at again" in caplog.text
 
 
-def test_an_end_before_the_checkpoint_is_refused(tmp_path):
+def test_an_end_before_the_checkpoint_is_refused_and_a_later_one_told(tmp_path, caplog):
+  """It bends the rest of the learning rate's cosine."""
   assert not run(tmp_path, stop_after=3)
-  config = dataclasses.replace(smoke_config(), run=dataclasses.replace(smoke_config().run, steps=2))
+
+  def run_for(steps):
+    config = dataclasses.replace(smoke_config(), run=dataclasses.replace(smoke_config().run, steps=steps))
+    return pretraining.run(config, tmp_path, "test", lambda: False)
+
   with pytest.raises(InputError, match="the checkpoint is at step 3, beyond the run's end at 2"):
-    pretraining.run(config, tmp_path, "test", lambda: False)
+    run_for(2)
+  with caplog.at_level("WARNING", logger="absl"):
+    assert run_for(6)
+  assert "the run was begun for 5 steps; from here on the learning rate is that of a run of 6" in caplog.text
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 4])

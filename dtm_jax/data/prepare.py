@@ -37,7 +37,7 @@ from array_record.python import array_record_module
 from PIL import Image
 
 from dtm_jax.data import sources, transforms
-from dtm_jax.errors import InputError
+from dtm_jax.errors import InputError, some_of
 from dtm_jax.files import locked
 
 VERSION = "1.0.0"
@@ -68,6 +68,9 @@ class IdxSource:
 
   def name(self, index: int) -> str:
     return f"{self.path}[{index}]"
+
+  def fingerprint(self) -> str:
+    return hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +140,7 @@ def prepare(splits: Mapping[str, sources.Source], out: pathlib.Path, name: str) 
     The folder of the finished data set.
 
   Raises:
-    InputError: an unfit name, a file that is no image, another process at work
+    InputError: an unfit name, files that are no images, another process at work
       on the same data set.
   """
   if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
@@ -145,7 +148,7 @@ def prepare(splits: Mapping[str, sources.Source], out: pathlib.Path, name: str) 
   finished, partial = out / name / VERSION, out / name / f"incomplete.{VERSION}"
   (out / name).mkdir(parents=True, exist_ok=True)
   with locked(out / name / ".lock", f"another process is preparing {out / name}; wait for it"):
-    fingerprint = _fingerprint(splits)
+    fingerprint = {split: source.fingerprint() for split, source in splits.items()}
     if finished.exists():
       _check_same_files(finished, fingerprint)
     else:
@@ -170,14 +173,6 @@ def plan_shards(name: str, split: str, num_examples: int) -> list[Shard]:
     )
     for i, start in enumerate(starts)
   ]
-
-
-def _fingerprint(splits: Mapping[str, sources.Source]) -> dict[str, str]:
-  """Hash of every split's file names, in order."""
-  return {
-    split: hashlib.sha256("\n".join(map(source.name, range(len(source)))).encode()).hexdigest()
-    for split, source in splits.items()
-  }
 
 
 def _start_or_resume(partial: pathlib.Path, fingerprint: dict[str, str]) -> None:
@@ -219,28 +214,48 @@ def _write_shards(
   features: tfds.features.FeaturesDict,
   folder: pathlib.Path,
 ) -> None:
+  """Raises InputError after the last of them, where images cannot be read: all that are met are told."""
   missing = [shard for shard in shards if not (folder / shard.file_name).exists()]
   total, remaining = (sum(shard.stop - shard.start for shard in part) for part in (shards, missing))
+  unreadable = []
   with tqdm.tqdm(total=total, initial=total - remaining, unit=" images") as progress:
     for shard in missing:
-      unfinished = folder / f".{shard.file_name}"
-      writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")  # for random access
-      try:
-        for index in range(shard.start, shard.stop):
-          writer.write(_serialize(splits[shard.split], index, features))
-          progress.update()
-        writer.close()
-      except RuntimeError as error:  # what ArrayRecord makes of a full disk
-        raise OSError(str(error)) from error
-      unfinished.rename(folder / shard.file_name)
+      unreadable += _write_shard(shard, splits[shard.split], features, folder, progress)
+  if unreadable:
+    raise InputError(f"{some_of(unreadable)}: no images that can be read; remove or repair them")
 
 
-def _serialize(source: sources.Source, index: int, features: tfds.features.FeaturesDict) -> bytes:
-  example = source[index]
+def _write_shard(
+  shard: Shard, source: sources.Source, features: tfds.features.FeaturesDict, folder: pathlib.Path, progress: tqdm.tqdm
+) -> list[str]:
+  """Names of images that cannot be read; where there are any, there is no shard."""
+  unreadable, unfinished = [], folder / f".{shard.file_name}"
+  writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")  # for random access
+  try:
+    for index in range(shard.start, shard.stop):
+      record = _serialize(source[index], features)
+      if record is None:
+        unreadable.append(source.name(index))
+        progress.write(f"cannot be read: {unreadable[-1]}", file=sys.stderr)
+      elif not unreadable:
+        writer.write(record)
+      progress.update()
+    writer.close()
+  except RuntimeError as error:  # what ArrayRecord makes of a full disk
+    raise OSError(str(error)) from error
+  if unreadable:
+    unfinished.unlink()
+  else:
+    unfinished.rename(folder / shard.file_name)
+  return unreadable
+
+
+def _serialize(example: sources.Example, features: tfds.features.FeaturesDict) -> bytes | None:
+  """None where the image cannot be read."""
   try:
     Image.open(io.BytesIO(example.image)).verify()
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-    raise InputError(f"{source.name(index)} is not an image that can be read; remove or repair it") from error
+  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    return None
   values = {"image": io.BytesIO(example.image), "label": example.label}
   return features.serialize_example({name: values[name] for name in features})
 

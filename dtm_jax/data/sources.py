@@ -157,7 +157,8 @@ def _tfds_builder(name: str, data_dir: str):
 def _not_array_record(name: str, where: str) -> str:
   return (
     f"TFDS data set {name!r} is not prepared as ArrayRecord under {where}; say by --config.data.path where it is, or "
-    f"make it by: tfds build {name} --file_format=array_record (which needs pip install tensorflow)"
+    f"make it by: tfds build {name} --file_format=array_record (which needs pip install tensorflow); for a folder of"
+    " images set --config.data.source=folder"
   )
 
 
