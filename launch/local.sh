@@ -20,6 +20,10 @@ fail() {
 }
 is_number() { case $1 in '' | *[!0-9]* | 0*) return 1 ;; esac; }
 
+if [ "${1:-}" = --help ]; then
+  sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+  exit 0
+fi
 is_number "${1:-}" || fail "usage: launch/local.sh N ARGS..., N processes"
 is_number "$devices" || fail "DEVICES_PER_PROCESS=$devices is no number of devices"
 count=$1

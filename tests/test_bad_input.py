@@ -292,6 +292,8 @@ def test_a_file_in_the_way(fails, tmp_path):
   message = fails(workdir=tmp_path / "file" / "run")
   assert f"--workdir={tmp_path}/file/run" in message
   assert "choose another" in message
+  message = fails(workdir=tmp_path / "file")
+  assert message == f"--workdir={tmp_path}/file is no folder; choose another"
 
 
 def test_no_permission_to_write(fails, monkeypatch):

@@ -22,6 +22,12 @@ from dtm_jax.data import sources
 
 LAUNCH = runs.ROOT / "launch"
 
+
+def test_the_local_launcher_tells_how_it_is_used():
+  told = subprocess.run([LAUNCH / "local.sh", "--help"], check=True, capture_output=True, text=True).stdout
+  assert told.startswith("Several processes of one run on this machine:\n") and told.endswith("the first other one.\n")
+
+
 # ------------------------------------------------------------ Slurm
 
 NUM_STEPS = 120
