@@ -49,6 +49,7 @@ class UnseenSource:
 
   num_examples: int
   num_classes: int
+  class_names: None = None
 
   def __len__(self) -> int:
     return self.num_examples

@@ -76,6 +76,8 @@ def _check_classifier(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> 
     )
   known = checkpoint.model.num_classes
   for name, source in sources.items():
+    if checkpoint.class_names and source.class_names and source.class_names != checkpoint.class_names:
+      logging.warning("the classes of the %s images have other names than those of %s", name, checkpoint.path)
     if source.num_classes != known:
       raise InputError(
         f"{checkpoint.path} tells {known} classes, and the {name} images are of {source.num_classes}; name images of"

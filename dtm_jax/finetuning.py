@@ -45,7 +45,7 @@ class Parts(experiment.Parts):
     return f"fine-tuning ViT-{self.config.model.variant} on {self.model.num_classes} classes"
 
   def record(self) -> dict[str, Any]:
-    return {"num_classes": self.model.num_classes}
+    return {"num_classes": self.model.num_classes, "class_names": self.train_source.class_names}
 
   def begin(self) -> tuple[TrainState, str]:
     """See `experiment.Parts.begin`. Raises InputError where the checkpoint does not fit the model."""

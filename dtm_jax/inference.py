@@ -85,6 +85,11 @@ class Model:
     """None where it has no classifier's head."""
     return self.checkpoint.model.num_classes or None if self.checkpoint.kind == "classifier" else None
 
+  @property
+  def class_names(self) -> list[str] | None:
+    """In the order of `classify`'s probabilities; None where the model is not of a run, or its data had no names."""
+    return self.checkpoint.class_names
+
   def preprocess(self, images: Iterable[AnyImage]) -> np.ndarray:
     """`preprocess` for this model: uint8 [n, S, S, 3]."""
     return preprocess(images, self.image_size, self.crop)

@@ -50,6 +50,7 @@ class Checkpoint:
     params: its parameters, numpy.
     averaged: the moving average of its parameters, numpy, or None where none was kept.
     config: of the run, or None for a weights file.
+    class_names: of a fine-tuning run, where its data told them, in the order of the head's outputs.
   """
 
   path: pathlib.Path
@@ -59,6 +60,7 @@ class Checkpoint:
   params: Any
   averaged: Any | None
   config: Config | None
+  class_names: list[str] | None = None
 
   @functools.cached_property
   def sha256(self) -> str:
@@ -136,7 +138,7 @@ def restore_run(workdir: pathlib.Path, folder: str = CHECKPOINT_FOLDER) -> Check
   with contextlib.closing(CheckpointStore(workdir, folder=folder)) as store:
     state = jax.tree.map(np.asarray, store.restore(store.latest_step(), like))
   averaged = None if config.optim.ema_decay is None else averaged_params(state.opt_state)
-  return Checkpoint(workdir, kind, int(state.step), model, state.params, averaged, config)
+  return Checkpoint(workdir, kind, int(state.step), model, state.params, averaged, config, record.get("class_names"))
 
 
 def restore_tower(workdir: pathlib.Path) -> tuple[ViT | Classifier, Any, DataConfig]:

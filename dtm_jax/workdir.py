@@ -22,22 +22,23 @@ SUMMARY_FILE = "summary.json"
 RUN_AGAIN = "make room, then run the same command again"  # where a file cannot be written
 _REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # What a resumed run may change: how fast, how long, where and how closely watched. (Another length bends the rest of
-# the learning rate's cosine. The images and weights behind a path have to be the same: `experiment` and `evaluation`
-# check them.)
+# the learning rate's cosine.)
 _FREE_SETTINGS = (
   *("run.steps", "run.epochs", "run.log_every_steps", "run.checkpoint_every_steps", "run.keep_checkpoints"),
-  *("run.on_nonfinite", "data.path", "data.num_workers", "data.max_bad_fraction"),
+  *("run.on_nonfinite", "data.num_workers", "data.max_bad_fraction"),
   *("model.attention", "model.scan_layers", "model.remat", "mesh."),
 )
-_PATHS_OF = {"pretrain": ("data.path", "teacher.weights"), "finetune": ("data.path", "finetune.init")}
-_FREE_SETTINGS_OF = {
-  "pretrain": (*_FREE_SETTINGS, "teacher.weights", "eval.", "finetune."),
-  "finetune": (*_FREE_SETTINGS, "finetune.init", "teacher.", "morphing.", "eval."),
-  # The checkpoint's parameters are checked; how they came to be does not matter.
-  "evaluate": (
-    *(*_FREE_SETTINGS, "teacher.", "morphing.", "finetune.", "optim."),
-    *("eval.checkpoint", "eval.batch_size", "eval.figure_images"),
-  ),
+# These, too, as long as the images and weights behind them are the same: `experiment` and `evaluation` check that.
+_PATHS_OF = {
+  "pretrain": ("data.path", "teacher.weights"),
+  "finetune": ("data.path", "finetune.init"),
+  "evaluate": ("data.path", "eval.checkpoint"),
+}
+# And what a training step, or of an evaluation its results, do not depend on.
+_UNUSED_BY = {
+  "pretrain": ("eval.", "finetune."),
+  "finetune": ("teacher.", "morphing.", "eval."),
+  "evaluate": ("teacher.", "morphing.", "finetune.", "optim.", "eval.batch_size", "eval.figure_images"),
 }
 
 
@@ -93,7 +94,7 @@ def _read_record(workdir: pathlib.Path, config: Config) -> dict[str, Any] | None
 
 def settings_that_differ(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
   """What makes `other` another run than `config`: by name, the values of both."""
-  free, new = _FREE_SETTINGS_OF[other.task], flatten(to_json(other))
+  free, new = (*_FREE_SETTINGS, *_PATHS_OF[other.task], *_UNUSED_BY[other.task]), flatten(to_json(other))
   pairs = {name: (old, new[name]) for name, old in flatten(to_json(config)).items() if not name.startswith(free)}
   return {f"config.{name}": pair for name, pair in pairs.items() if pair[0] != pair[1]}
 

@@ -160,9 +160,11 @@ def test_written_student_gives_the_recorded_features_and_tokens(tmp_path):
 
 @torch.no_grad()
 def test_written_classifier_gives_the_recorded_logits(tmp_path):
-  save_hugging_face(tmp_path / "out", "classifier", load_torch(GOLDEN / "finetune_tiny.pth")[2])
+  names = [*"abcdefg"]
+  save_hugging_face(tmp_path / "out", "classifier", load_torch(GOLDEN / "finetune_tiny.pth")[2], names)
   model, info = transformers.BeitForImageClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
   assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+  assert [model.config.id2label[i] for i in range(7)] == names and model.config.label2id["c"] == 2
   recorded = np.load(GOLDEN / "finetune_trajectory.npz")
   logits = model.eval()(torch.from_numpy(recorded["images_nchw"][0])).logits
   np.testing.assert_allclose(logits, recorded["logits"][0], rtol=0, atol=1e-6)  # measured 1.2e-7

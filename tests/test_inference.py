@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import json
 import os
 import pathlib
 import re
@@ -24,6 +25,7 @@ from configs import finetune_quickstart
 from dtm_jax import config as config_lib
 from dtm_jax import export, inference, sharding
 from dtm_jax.checkpoint import BEST_FOLDER, FOLDER, CheckpointStore
+from dtm_jax.convert import __main__ as convert_command
 from dtm_jax.data.pipeline import eval_batches
 from dtm_jax.data.sources import open_source
 from dtm_jax.errors import InputError
@@ -149,6 +151,7 @@ def test_half_precision_and_attention_are_as_asked():
 
 
 RUN_SIZE, RUN_CLASSES = 16, 10
+NAMES = [f"digit {i}" for i in range(RUN_CLASSES)]
 ALL_WEIGHTS = [("last", False), ("last", True), ("best", False), ("best", True)]
 
 
@@ -171,7 +174,7 @@ def run_config() -> config_lib.Config:
 def finetuned(tmp_path_factory):
   """The work folder of a run whose best step is 1 and whose last is 2."""
   workdir, config = tmp_path_factory.mktemp("finetuned"), run_config()
-  write_json(workdir / CONFIG_FILE, config_lib.to_json(config) | {"num_classes": RUN_CLASSES})
+  write_json(workdir / CONFIG_FILE, config_lib.to_json(config) | {"num_classes": RUN_CLASSES, "class_names": NAMES})
   optimizer = create_optimizer(config.optim, lambda step: 0.0)
   for folder, step in ((FOLDER, 2), (BEST_FOLDER, 1)):
     params, average = (random_weights(averaged, step) for averaged in (False, True))
@@ -200,7 +203,7 @@ def test_a_run_brings_its_settings(models):
   model = models["last", True]
   assert (model.mean, model.std, model.crop, model.image_size) == (MEAN, STD, 0.7, RUN_SIZE)
   assert len(repr(model)) < 200 and str(model.checkpoint.path) in repr(model)
-  assert model.num_classes == RUN_CLASSES
+  assert (model.num_classes, model.class_names) == (RUN_CLASSES, NAMES)
   pixels = some_images()[:4, :RUN_SIZE, :RUN_SIZE]
   logits = jax.jit(create_classifier(run_config(), RUN_CLASSES).apply)
   logits = logits({"params": random_weights(True, 2)}, np.float32((pixels / 255 - np.array(MEAN)) / np.array(STD)))
@@ -392,6 +395,12 @@ def test_cudnn_cannot_be_exported():
 
 
 # ------------------------------------------------------------ the command
+
+
+def test_a_runs_class_names_go_with_it_to_hugging_face(finetuned, tmp_path, capsys):
+  assert convert_command.main(["convert", str(finetuned), str(tmp_path / "hf")]) == 0
+  settings = json.loads((tmp_path / "hf" / "config.json").read_text())
+  assert [*settings["id2label"].values()] == NAMES
 
 
 def test_the_command_writes_what_the_method_writes(models, finetuned, tmp_path, capsys):

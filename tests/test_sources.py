@@ -51,6 +51,7 @@ def test_digits_split_keeps_the_classes_in_proportion(digits_config):
   train, test = (sources.open_source(digits_config, split) for split in ("train", "eval"))
   assert (len(train), len(test)) == (1437, 360)
   assert (train.num_classes, test.num_classes) == (10, 10)
+  assert train.class_names == [*"0123456789"]
   counts = np.bincount([test[i].label for i in range(len(test))])
   np.testing.assert_allclose(counts, np.bincount(datasets.load_digits().target) / 5, atol=1)
   assert test.name(7) == "dtm_digits/test[7]"
@@ -134,6 +135,7 @@ def test_folder_per_class_holds_out_every_tenth_image(tmp_path):
   write_image(tmp_path / ".cache" / "hidden.png")
   train, held_out = (sources.open_source(folder_config(tmp_path), split) for split in ("train", "eval"))
   assert (train.num_classes, len(train), len(held_out)) == (2, 18, 2)
+  assert train.class_names == ["ant", "bee"]
   seen = sorted((pixels_of(s[i])[0, 0].item(), s[i].label) for s in (train, held_out) for i in range(len(s)))
   assert seen == [(100 * label + i, label) for label in (0, 1) for i in range(10)]
   assert held_out.name(1) == str(tmp_path / "bee" / "0.PNG")

@@ -43,6 +43,7 @@ class _Input(NamedTuple):
   model: dict[str, Any]
   params: dict
   report: Report | None  # none for a work folder, whose names are ours
+  class_names: list[str] | None = None  # which only a fine-tuning run tells
 
 
 def main(argv: list[str]) -> int:
@@ -55,7 +56,10 @@ def _convert(arguments: list[str]) -> None:
   target = _check_target(options)
   source = _read(options)
   kind, params = _transfer(source, options)
-  (save_torch if options.to == "release" else save_hugging_face)(options.output, kind, params)
+  if options.to == "release":
+    save_torch(options.output, kind, params)
+  else:
+    save_hugging_face(options.output, kind, params, source.class_names)
   _describe("read", source.path, source.kind, source.model, source.sha256, source.report)
   _describe("wrote", target, kind, sizes_of(kind, params), file_sha256(target), None)
 
@@ -114,7 +118,7 @@ def _restore(workdir: pathlib.Path) -> _Input:
   run = restore_run(workdir)
   names = ("patch_size", "width", "depth", "heads", "grid", "out_dim" if run.kind == "student" else "num_classes")
   model = {name: getattr(run.model, name) for name in names}
-  return _Input(workdir, run.sha256, run.kind, model, run.params, None)
+  return _Input(workdir, run.sha256, run.kind, model, run.params, None, run.class_names)
 
 
 def _transfer(source: _Input, options: argparse.Namespace) -> tuple[str, dict]:

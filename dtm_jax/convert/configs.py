@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 from dtm_jax.convert.layouts import CLIP_HEAD_WIDTH, MLP_RATIO, RELEASE, Layout
 from dtm_jax.errors import InputError
@@ -95,12 +96,13 @@ def _damaged(file: pathlib.Path, error: Exception) -> InputError:
   return InputError(f"{file} is not the config of a model ({error!r}); download it again, or move it")
 
 
-def hugging_face_config(kind: str, model: dict) -> dict:
+def hugging_face_config(kind: str, model: dict, class_names: Sequence[str] | None = None) -> dict:
   """`config.json` of a BEiT in transformers.
 
   Args:
     kind: "student" or "classifier".
     model: Its sizes; the grid is square.
+    class_names: Of a classifier's outputs, where they are known.
 
   Returns:
     What `BeitConfig` needs, so that `BeitModel` gives a student's features and
@@ -109,7 +111,7 @@ def hugging_face_config(kind: str, model: dict) -> dict:
   is_student = kind == "student"
   outputs = model["out_dim" if is_student else "num_classes"]
   has_classes = not is_student and outputs
-  labels = [f"LABEL_{i}" for i in range(outputs)] if has_classes else []
+  labels = class_names or [f"LABEL_{i}" for i in range(outputs)] if has_classes else []
   return {
     "architectures": ["BeitForImageClassification" if has_classes else "BeitModel"],
     "model_type": "beit",

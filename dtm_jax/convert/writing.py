@@ -8,7 +8,7 @@ bit for bit, one of another dtype as float32, one with tables absent with zeros 
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from safetensors import SafetensorError
@@ -61,7 +61,9 @@ def save_torch(path: str | os.PathLike, kind: str, params: Mapping) -> None:
     write_torch(unfinished, state if kind == "clip_vision" else {"model": state})
 
 
-def save_hugging_face(folder: str | os.PathLike, kind: str, params: Mapping) -> None:
+def save_hugging_face(
+  folder: str | os.PathLike, kind: str, params: Mapping, class_names: Sequence[str] | None = None
+) -> None:
   """Writes `model.safetensors` and `config.json` for transformers.
 
   A student is a `BeitModel`, whose `last_hidden_state` are its features; its
@@ -73,6 +75,7 @@ def save_hugging_face(folder: str | os.PathLike, kind: str, params: Mapping) -> 
     folder: Made if it is missing; these two files in it are replaced.
     kind: "student" or "classifier".
     params: See `to_state_dict`.
+    class_names: Of a classifier's outputs; `LABEL_0` and so on for None.
 
   Raises:
     InputError: see `to_state_dict`; or it cannot be written.
@@ -90,7 +93,7 @@ def save_hugging_face(folder: str | os.PathLike, kind: str, params: Mapping) -> 
       save_file(state, weights, metadata={"format": "pt"})  # transformers refuses a file that does not say this
     except SafetensorError as error:
       raise OSError(error) from error
-    config.write_text(json.dumps(hugging_face_config(kind, model), indent=2) + "\n")
+    config.write_text(json.dumps(hugging_face_config(kind, model, class_names), indent=2) + "\n")
     weights.chmod(config.stat().st_mode)  # safetensors writes for its owner alone
 
 

@@ -36,6 +36,7 @@ class Source(Protocol):
   """Random access to encoded images; picklable, for worker processes."""
 
   num_classes: int | None
+  class_names: list[str] | None  # in the order of the labels, where they have names
   label_shape: tuple[int, ...]  # of an example's label: () or (MAX_LABELS,)
 
   def __len__(self) -> int: ...
@@ -90,7 +91,8 @@ class TfdsSource:
     if "image" not in features:
       raise InputError(f"{builder.name} has no feature 'image', only {', '.join(features)}; choose an image data set")
     self._label = label if label in features else None
-    self.num_classes, self.label_shape = _classes(features[label], label) if label in features else (None, ())
+    self.class_names, self.label_shape = _classes(features[label], label) if label in features else (None, ())
+    self.num_classes = None if self.class_names is None else len(self.class_names)
     images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
     try:
       # Some have masks beside the image: nothing is decoded that nobody looks at.
@@ -118,15 +120,15 @@ class TfdsSource:
     return _sha256(self._name, *map(str, sorted(self._contents.items())))
 
 
-def _classes(feature, name: str) -> tuple[int, tuple[int, ...]]:
-  """How many classes a TFDS feature tells apart, and the shape of a label."""
+def _classes(feature, name: str) -> tuple[list[str], tuple[int, ...]]:
+  """The classes that a TFDS feature tells apart (numbers, where it has no names for them), and the shape of a label."""
   import tensorflow_datasets as tfds
 
   has_several = isinstance(feature, tfds.features.Sequence)
   label = feature.feature if has_several else feature
   if not isinstance(label, tfds.features.ClassLabel):
     raise InputError(f"config.data.label={name!r} is no class but {type(label).__name__}; name the feature that is")
-  return label.num_classes, (MAX_LABELS,) if has_several else ()
+  return label.names, (MAX_LABELS,) if has_several else ()
 
 
 def _pad(labels: Sequence[int], name: str) -> np.ndarray:
@@ -276,7 +278,7 @@ def _scan(folder: pathlib.Path) -> tuple[list[str], list[str]]:
 class SyntheticSource:
   """Gratings whose direction and colour tell the class, as JPEG; the same at every call, without files."""
 
-  num_classes = 8
+  num_classes, class_names = 8, None
   label_shape = ()
   _SIZES = {"train": 512, "eval": 128}
   _HEIGHT, _WIDTH = 72, 96  # not square: a swapped axis shows
