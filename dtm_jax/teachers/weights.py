@@ -41,6 +41,8 @@ def _from_hub(name: str) -> pathlib.Path:
     cached = huggingface_hub.try_to_load_from_cache(name, file)
     if isinstance(cached, str):
       return pathlib.Path(cached)
+  logging.info("fetching %s from the Hugging Face hub", name)
+  huggingface_hub.utils.logging.set_verbosity_error()  # it warns of each of many tries; what fails is told once, by us
   for file in CONFIG_FILES:  # `load_torch` looks for them beside the weights
     _fetch(name, file)
   for file in WEIGHTS_FILES:
