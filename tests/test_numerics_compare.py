@@ -87,7 +87,9 @@ def test_a_planted_error_shows_at_its_block(live):
   assert errors["block_0"] < 1e-5
   assert errors["block_1"] > 1e-4
   text = compare_report.describe({"XLA beside PyTorch": comparison})
-  assert re.search(r"^student, .* over the depth, most at block_1", text, re.MULTILINE)
+  assert re.search(r"^student, .* grows most at block_1, by a factor of", text, re.MULTILINE)
+  assert "in short, largest relative errors of XLA beside PyTorch: teacher, forward " in text
+  assert f"; student, forward {max(errors.values()):.1e}; " in text
   rows = by_name(comparison)
   assert rows["updated/blocks.1.gamma_2"]["relative"] == max(
     row["relative"] for name, row in rows.items() if name.startswith("updated/") and "gamma" in name

@@ -13,13 +13,15 @@ from dtm_jax.numerics.case import Pretraining, torch_device
 from dtm_jax.numerics.compare import not_finite
 
 _LISTED_TENSORS = 5
+_WORST_FIRST = ", worst first"
 _SECTIONS = {
   "teacher/": "teacher, forward",
   "student/": "student, forward",
   "step/": "step",
-  "gradient/": "gradient, worst first",
-  "updated/": "parameter after one optimiser step, worst first",
+  "gradient/": f"gradient{_WORST_FIRST}",
+  "updated/": f"parameter after one optimiser step{_WORST_FIRST}",
 }
+_OF_ADAM = "(Adam's first step is as long for the smallest gradient; where that is rounding alone, so is its direction)"
 
 Comparisons = Mapping[str, Mapping[str, Any]]  # what `compare.compare` gives, by what was compared
 
@@ -56,15 +58,17 @@ def _header(case: Pretraining, record: Mapping[str, Any]) -> list[str]:
     f" {record['dtype']}, float32 products in {record['matmul_precision']}",
     f"student of width {case.model.width} with {case.model.depth} blocks, {config.data.batch_size} images of"
     f" {config.data.source}, targets of {config.teacher.kind} {teacher}",
+    "max abs. is the largest difference of a tensor, relative that over its largest value",
     *case.notes,
   ]
 
 
 def describe(comparisons: Comparisons) -> str:
-  """Tables of stages, gradients and parameters, the token groups, and where errors grow most."""
+  """Tables of stages, gradients and parameters, the token groups, where errors grow most, and all that in short."""
   parts = [_section(comparisons, prefix, title) for prefix, title in _SECTIONS.items()]
   parts.insert(2, "\n".join(_morphing_lines(comparisons)))
   parts.append("\n".join(_growth_lines(comparisons)))
+  parts.append("\n".join(_summary_lines(comparisons)))
   if bad := not_finite(comparisons):
     parts.append(f"NOT FINITE: {some_of(bad)}")
   return "\n\n".join(part for part in parts if part)
@@ -77,7 +81,7 @@ def _section(comparisons: Comparisons, prefix: str, title: str) -> str:
   if not names:
     return ""
   left = 0
-  if "worst" in title:
+  if title.endswith(_WORST_FIRST):
     names.sort(key=lambda name: -series[0][name]["relative"])
     left, names = len(names[_LISTED_TENSORS:]), names[:_LISTED_TENSORS]
   heading = [title] + ["max abs.", "relative", "1 - cosine"] * len(series)
@@ -120,7 +124,8 @@ def _parting_lines(partings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _growth_lines(comparisons: Comparisons) -> list[str]:
   return [
-    f"{tower}, {title}: relative error from {first:.1e} to {last:.1e} over the depth, most at {stage} (x {factor:.3g})"
+    f"{tower}, {title}: relative error {first:.1e} at its first stage and {last:.1e} at its last; it grows most at"
+    f" {stage}, by a factor of {factor:.3g}"
     for title, comparison in comparisons.items()
     for tower in ("teacher", "student")
     for first, last, stage, factor in _growth(comparison["tensors"], tower)
@@ -139,3 +144,17 @@ def _growth(rows: Sequence[Mapping[str, Any]], tower: str) -> list[tuple[float, 
   ]
   factor, stage = max(factors[1:])
   return [(stages[0][1], stages[-1][1], stage, factor)]
+
+
+def _summary_lines(comparisons: Comparisons) -> list[str]:
+  """The worst of each section, for each comparison."""
+  lines = []
+  for title, comparison in comparisons.items():
+    worst = {
+      heading.removesuffix(_WORST_FIRST): max(errors)
+      for prefix, heading in _SECTIONS.items()
+      if (errors := [row["relative"] for row in comparison["tensors"] if row["name"].startswith(prefix)])
+    }
+    told = "; ".join(f"{name} {error:.1e}" for name, error in worst.items())
+    lines.append(f"in short, largest relative errors of {title}: {told}")
+  return [*lines, _OF_ADAM]
