@@ -49,7 +49,6 @@ class UnseenSource:
 
   num_examples: int
   num_classes: int
-  class_names: None = None
 
   def __len__(self) -> int:
     return self.num_examples
@@ -195,9 +194,9 @@ def compile_step(config: Config, devices: list[jax.Device]) -> Compiled:
 
 def _plan_parts(config: Config, devices: list[jax.Device]) -> tuple[experiment.Parts, tuple[str, ...]]:
   """What the run would be made of, arrays by their shapes only, and what is assumed of the rest."""
-  setup = experiment.open_setup(config, devices, plan_source)
-  assumed = []
-  if isinstance(setup.train_source, UnseenSource):
+  source, assumed = plan_source(config.data), []
+  setup = experiment.open_setup(config, devices, lambda data, split: source)
+  if isinstance(source, UnseenSource):
     assumed.append(f"{_IMAGENET_IMAGES:,} training images of {_IMAGENET_CLASSES:,} classes, as in ImageNet")
   if config.task == "finetune":
     return finetuning.assemble(setup), tuple(assumed)
@@ -211,10 +210,10 @@ def _plan_parts(config: Config, devices: list[jax.Device]) -> tuple[experiment.P
   return parts, tuple(assumed)
 
 
-def plan_source(config: DataConfig, split: str) -> Source | UnseenSource:
-  """The configured images, or ImageNet's number of them where they are not there."""
+def plan_source(config: DataConfig) -> Source | UnseenSource:
+  """The configured training images, or ImageNet's number of them where they cannot be opened."""
   try:
-    return open_source(config, split)
+    return open_source(config, "train")
   except InputError:
     return UnseenSource(_IMAGENET_IMAGES, _IMAGENET_CLASSES)
 

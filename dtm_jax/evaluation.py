@@ -76,13 +76,13 @@ def _check_classifier(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> 
     )
   known = checkpoint.model.num_classes
   for name, source in sources.items():
-    if checkpoint.class_names and source.class_names and source.class_names != checkpoint.class_names:
-      logging.warning("the classes of the %s images have other names than those of %s", name, checkpoint.path)
     if source.num_classes != known:
       raise InputError(
         f"{checkpoint.path} tells {known} classes, and the {name} images are of {source.num_classes}; name images of"
         " its classes (config.data), or fine-tune it on these"
       )
+    if checkpoint.class_names and source.class_names and source.class_names != checkpoint.class_names:
+      logging.warning("the classes of the %s images have other names than those of %s", name, checkpoint.path)
 
 
 def read_checkpoint(config: Config) -> Checkpoint:
@@ -171,11 +171,12 @@ def _is_complete(workdir: pathlib.Path, config: Config, new_record: dict[str, An
 
 
 def _new_record(parts: Parts, command: str) -> dict[str, Any]:
-  checkpoint, sources = parts.checkpoint, parts.test_sources
+  checkpoint, config = parts.checkpoint, parts.config
+  sources = dict(zip(config.eval.sets or (config.data.name,), parts.test_sources.values(), strict=True))
   if parts.train_source is not None:
-    sources = sources | {"train": parts.train_source}
+    sources["train"] = parts.train_source
   return {
-    **to_json(parts.config),
+    **to_json(config),
     **workdirs.circumstances(command),
     "kind": checkpoint.kind,
     "step": checkpoint.step,

@@ -252,7 +252,9 @@ def _begin(parts: Parts, workdir: pathlib.Path, record: dict[str, Any] | None) -
   """The state before the first step, and the SHA-256 of the weights that it comes from."""
   batch_size, devices = parts.config.data.batch_size, sharding.describe(parts.mesh)
   logging.info("%s for %d steps of %d images on %s", parts.title, parts.total_steps, batch_size, devices)
-  logging.info("learning rate %.3g after %d of %d steps", parts.config.peak_lr, parts.warmup_steps, parts.total_steps)
+  logging.info(
+    "learning rate: its peak of %.3g after %d of %d steps", parts.config.peak_lr, parts.warmup_steps, parts.total_steps
+  )
   state, init_sha256 = distributed.together(parts.begin)
   if record is not None:  # the run has logged something, though it was killed before its first checkpoint
     old, new = {INIT_SHA256: _init_sha256(record)}, {INIT_SHA256: init_sha256}
@@ -288,10 +290,10 @@ class _Session:
       )
     state = self.store.restore_newest(parts.abstract_state())
     logging.info("resuming at step %d of %d", state.step, parts.total_steps)
-    begun_for = (record or {}).get("total_steps", parts.total_steps)
-    if begun_for != parts.total_steps:
-      told = "the run was begun for %d steps; from here on the learning rate is that of a run of %d"
-      logging.warning(told, begun_for, parts.total_steps)
+    before = (record or {}).get("total_steps", parts.total_steps)
+    if before != parts.total_steps:
+      told = "it was a run of %d steps before; from here on the learning rate is that of one of %d"
+      logging.warning(told, before, parts.total_steps)
     return state, _init_sha256(record)
 
   def train(self, state: TrainState) -> TrainState:

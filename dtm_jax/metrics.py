@@ -10,7 +10,7 @@ from dtm_jax import distributed
 from dtm_jax.errors import InputError
 
 FILE = "metrics.jsonl"
-_SHARES = ("top1", "top5", "mce")  # ends of names of scores
+_SHARES = ("top1", "top5", "mce")  # in the names of scores
 
 
 class Score(NamedTuple):
@@ -87,7 +87,7 @@ def told(values: Mapping[str, Any]) -> str:
 def _told(name: str, value: Any) -> str:
   if not isinstance(value, float):
     return str(value)
-  if name.endswith(_SHARES):
+  if any(share in name for share in _SHARES):
     return f"{100 * value:.1f} %"
   return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 

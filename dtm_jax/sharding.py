@@ -63,9 +63,10 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
   known = math.prod(size for size in asked if size != -1)
   sizes = [num_devices // known if size == -1 else size for size in asked]
   if math.prod(sizes) != num_devices:
+    is_inferred = -1 in asked
     raise InputError(
-      f"config.mesh data x fsdp x tensor = {asked} does not multiply to the number of devices, {num_devices}; -1 infers"
-      " one of them, and JAX_NUM_CPU_DEVICES=8 in the environment makes eight of a CPU"
+      f"config.mesh data x fsdp x tensor = {asked} does not fit the number of devices, {num_devices}:"
+      f" {known} {'does not divide' if is_inferred else 'is not'} it; change {'them' if is_inferred else 'one to -1'}"
     )
   return tuple(sizes)
 

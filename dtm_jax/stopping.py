@@ -62,7 +62,7 @@ def in_time(stop_requested: Callable[[], bool], newest_step: Callable[[], int]) 
     leaves_last = distributed.is_first() and not is_alone
     wait_for_signal()
     if _has_progress.is_set() and not is_heard.is_set():
-      logging.info("asked to stop: it will when the step at hand is done")
+      logging.info("asked to stop: the run will at the next chance")
     if is_alone and not is_heard.wait(_NOTHING_LOST_SECONDS) and not _has_progress.is_set():
       _leave("asked to stop before there was anything to save")
     if not is_heard.wait(GRACE_SECONDS + leaves_last * _FIRST_LAST_SECONDS):

@@ -83,9 +83,9 @@ def read_record(workdir: pathlib.Path, config: Config) -> dict[str, Any] | None:
 
 
 def _read_record(workdir: pathlib.Path, config: Config) -> dict[str, Any] | None:
-  if workdir.exists() and not workdir.is_dir():
-    raise InputError(f"--workdir={workdir} is no folder; choose another")
   record = read_json(workdir / CONFIG_FILE)
+  if workdir.is_file():
+    raise InputError(f"--workdir={workdir} is no folder; choose another")
   if record is not None and (changes := settings_that_differ(from_json(record), config)):
     told = some_of([f"{name} is {old!r} there and {new!r} here" for name, (old, new) in changes.items()])
     raise InputError(f"--workdir={workdir} holds another run: {told}; use its settings or another --workdir")

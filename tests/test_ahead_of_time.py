@@ -113,7 +113,7 @@ def test_teachers_whose_weights_are_not_there(kind, weights, assumed, width):
 @pytest.mark.parametrize(("source", "found"), [("digits", (1437, 10)), ("folder", (1_281_167, 1000))])
 def test_images_that_are_there_tell_their_number_and_classes(source, found):
   config = make_config(data__source=source, data__path="" if source == "digits" else "/nonexistent")
-  planned = ahead_of_time.plan_source(config.data, "train")
+  planned = ahead_of_time.plan_source(config.data)
   assert (len(planned), planned.num_classes) == found
 
 

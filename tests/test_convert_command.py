@@ -180,12 +180,12 @@ def test_an_interrupt_is_told_in_one_line_and_nothing_is_left(tmp_path, monkeypa
 
 def test_overwrite_replaces_the_file_even_with_itself(tmp_path):
   (tmp_path / "model.pth").write_bytes(STUDENT.read_bytes())
-  (tmp_path / "hf").mkdir()
-  (tmp_path / "hf" / "config.json").write_text("{}")
-  (tmp_path / "hf" / "preprocessor_config.json").write_text("{}")
+  (tmp_path / "hf-1.0").mkdir()
+  (tmp_path / "hf-1.0" / "config.json").write_text("{}")
+  (tmp_path / "hf-1.0" / "preprocessor_config.json").write_text("{}")
   assert convert(tmp_path / "model.pth", tmp_path / "model.pth", "--overwrite") == 0
-  assert convert(tmp_path / "model.pth", tmp_path / "hf", "--overwrite") == 0
-  assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "beit"
+  assert convert(tmp_path / "model.pth", tmp_path / "hf-1.0", "--overwrite") == 0
+  assert json.loads((tmp_path / "hf-1.0" / "config.json").read_text())["model_type"] == "beit"
   assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
     "config.json",
     "model.pth",

@@ -184,6 +184,26 @@ def test_task_evaluate_finds_the_same_accuracy(finetuned, tmp_path, choice, step
   assert runs.summary(tmp_path)["top1"] == logged["ema_top1" if "averaged" in choice else "top1"]
 
 
+def test_class_names_are_recorded_and_others_told(finetuned, tmp_path, caplog):
+  for i in range(80):
+    folder = tmp_path / "images" / f"kind{i % 8}"
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((8, 8, 3), 3 * i, np.uint8)).save(folder / f"{i:02d}.png")
+  data = {"data__source": "folder", "data__path": str(tmp_path / "images")}
+  assert finetuning.build(settings(**data)).record()["class_names"] == [f"kind{i}" for i in range(8)]
+  config = evaluate.get_config()
+  config.data.update(source="folder", path=str(tmp_path / "images"))
+  config.eval.update(checkpoint=str(tmp_path / "run"), classify=True, knn=False, linear=False, fewshot=())
+  shutil.copytree(finetuned, tmp_path / "run")
+  record = json.loads((tmp_path / "run" / "config.json").read_text())
+  for names, is_told in ([f"kind{i}" for i in range(8)], False), ([*"abcdefgh"], True), (None, False):
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record | {"class_names": names}))
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="absl"):
+      evaluation.build(config_lib.resolve(config))
+    assert ("the classes of the test images have other names than those of" in caplog.text) == is_told
+
+
 def test_top_5_needs_more_classes_than_five():
   top = np.array([[2, 0, 1], [1, 2, 0]])
   assert accuracies(top, np.array([2, 0])) == {"top1": 0.5}
@@ -265,7 +285,6 @@ def test_no_such_checkpoint():
 
 
 def test_images_without_classes(tmp_path):
-
   for i in range(12):
     Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / f"{i:02d}.png")
   with pytest.raises(InputError, match="no classes to learn"):

@@ -164,5 +164,5 @@ def test_batches_that_devices_cannot_share_are_refused():
   sharding.check_batch_size(16, mesh, "config.data.batch_size")
   with pytest.raises(config_lib.InputError, match="config.data.batch_size=12 is not divisible by 8 devices; 8 or 16"):
     sharding.check_batch_size(12, mesh, "config.data.batch_size")
-  with pytest.raises(config_lib.InputError, match="does not multiply to the number of devices, 8"):
+  with pytest.raises(config_lib.InputError, match="does not fit the number of devices, 8"):
     sharding.create_mesh(config_lib.MeshConfig(data=3))

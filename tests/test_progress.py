@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from absl import logging
 
-from dtm_jax import console, loop
+from dtm_jax import console, loop, metrics
 from dtm_jax.train_state import NEVER, TrainState
 
 NUM_STEPS = 6
@@ -148,6 +148,19 @@ def test_waiting_is_what_devices_do_not_what_goes_on_beside_their_work(wait, low
   seconds = NUM_STEPS * 4 / rows[NUM_STEPS]["images_per_second"]
   waited = seconds * rows[NUM_STEPS]["percent_waiting"] / 100 - wait  # the first is waited for in any case
   assert low <= 100 * waited / seconds <= high
+
+
+def test_scores_are_told_in_percent():
+  values = {
+    "steps": 400,
+    "loss": 0.0055672,
+    "knn_top1_before": 0.48057,
+    "ema_top5": 1.0,
+    "a/mce": 0.5,
+    "seconds": 123456.78,
+  }
+  told = "steps 400, loss 0.005567, knn_top1_before 48.1 %, ema_top5 100.0 %, a/mce 50.0 %, seconds 123457"
+  assert metrics.told(values) == told
 
 
 def test_libraries_are_heard_only_when_they_warn(monkeypatch, plain_log):

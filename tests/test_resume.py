@@ -115,7 +115,7 @@ def test_an_end_before_the_checkpoint_is_refused_and_a_later_one_told(tmp_path, 
     run_for(2)
   with caplog.at_level("WARNING", logger="absl"):
     assert run_for(6)
-  assert "the run was begun for 5 steps; from here on the learning rate is that of a run of 6" in caplog.text
+  assert "it was a run of 5 steps before; from here on the learning rate is that of one of 6" in caplog.text
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 4])

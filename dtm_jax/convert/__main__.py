@@ -69,7 +69,11 @@ def _parser() -> argparse.ArgumentParser:
   parser = console.ArgumentParser(prog="python -m dtm_jax.convert", description=__doc__, **layout)
   parser.add_argument("input", metavar="IN", type=pathlib.Path)
   parser.add_argument("output", metavar="OUT", type=pathlib.Path)
-  parser.add_argument("--to", choices=("release", "huggingface"), help="release if OUT ends in .pth or .pt")
+  parser.add_argument(
+    "--to",
+    choices=("release", "huggingface"),
+    help="release if OUT ends in .pth or .pt, huggingface if it is no file's name",
+  )
   parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
   parser.add_argument("--lenient", action="store_true", help="leave out unknown names, ignore axes of length 1")
   parser.add_argument("--image_size", type=int, metavar="PIXELS", help="of square images that OUT is for")
@@ -82,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
 def _check_target(options: argparse.Namespace) -> pathlib.Path:
   """The weights file to write, before anything is read."""
   is_torch = options.output.suffix in _TORCH_SUFFIXES
-  if options.to is None and options.output.suffix and not is_torch:  # no name for a folder, unless it is asked for
+  # `vitb-v1.0` may be a folder; `vitb.onnx` is none unless it is asked for, or there.
+  is_other_file = options.output.suffix[1:2].isalpha() and not is_torch and not options.output.is_dir()
+  if options.to is None and is_other_file:
     raise InputError(
       f"{options.output} is no name for what is written: --to=release writes a file for PyTorch, name it .pth;"
       " --to=huggingface makes a folder"

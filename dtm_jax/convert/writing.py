@@ -5,6 +5,7 @@ replaced one after the other. Everything is written as float32 and with every ta
 bit for bit, one of another dtype as float32, one with tables absent with zeros in their place.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -94,7 +95,8 @@ def save_hugging_face(
     except SafetensorError as error:
       raise OSError(error) from error
     config.write_text(json.dumps(hugging_face_config(kind, model, class_names), indent=2) + "\n")
-    weights.chmod(config.stat().st_mode)  # safetensors writes for its owner alone
+    with contextlib.suppress(OSError):  # some file systems know no modes
+      weights.chmod(config.stat().st_mode)  # safetensors writes for its owner alone
 
 
 def _rename(layout: Layout, params: Mapping) -> tuple[dict, dict[str, np.ndarray]]:

@@ -281,6 +281,7 @@ def _run(batches: grain.MapDataset, num_workers: int) -> Generator[dict[str, np.
       yield {name: np.array(value) for name, value in batch.items()}
 
 
+@functools.cache
 def _start_resource_tracker() -> None:
   """Not later: it would unblock the signals that `_deaf_offspring` blocks.
 

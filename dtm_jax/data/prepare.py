@@ -54,6 +54,7 @@ class IdxSource:
   path: pathlib.Path
   images: np.ndarray  # uint8 [n, H, W]
   labels: np.ndarray  # uint8 [n]
+  class_names: None = None
   label_shape: tuple[int, ...] = ()
 
   @property
@@ -233,7 +234,7 @@ def _write_shard(
   writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")  # for random access
   try:
     for index in range(shard.start, shard.stop):
-      record = _serialize(source[index], features)
+      record = _serialize(source, index, features)
       if record is None:
         unreadable.append(source.name(index))
         progress.write(f"cannot be read: {unreadable[-1]}", file=sys.stderr)
@@ -250,9 +251,10 @@ def _write_shard(
   return unreadable
 
 
-def _serialize(example: sources.Example, features: tfds.features.FeaturesDict) -> bytes | None:
+def _serialize(source: sources.Source, index: int, features: tfds.features.FeaturesDict) -> bytes | None:
   """None where the image cannot be read."""
   try:
+    example = source[index]
     Image.open(io.BytesIO(example.image)).verify()
   except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
     return None

@@ -36,7 +36,7 @@ class Source(Protocol):
   """Random access to encoded images; picklable, for worker processes."""
 
   num_classes: int | None
-  class_names: list[str] | None  # in the order of the labels, where they have names
+  class_names: list[str] | None  # in the order of the labels, where they have any but numbers
   label_shape: tuple[int, ...]  # of an example's label: () or (MAX_LABELS,)
 
   def __len__(self) -> int: ...
@@ -91,8 +91,8 @@ class TfdsSource:
     if "image" not in features:
       raise InputError(f"{builder.name} has no feature 'image', only {', '.join(features)}; choose an image data set")
     self._label = label if label in features else None
-    self.class_names, self.label_shape = _classes(features[label], label) if label in features else (None, ())
-    self.num_classes = None if self.class_names is None else len(self.class_names)
+    classes = _classes(features[label], label) if label in features else (None, None, ())
+    self.num_classes, self.class_names, self.label_shape = classes
     images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
     try:
       # Some have masks beside the image: nothing is decoded that nobody looks at.
@@ -120,15 +120,16 @@ class TfdsSource:
     return _sha256(self._name, *map(str, sorted(self._contents.items())))
 
 
-def _classes(feature, name: str) -> tuple[list[str], tuple[int, ...]]:
-  """The classes that a TFDS feature tells apart (numbers, where it has no names for them), and the shape of a label."""
+def _classes(feature, name: str) -> tuple[int, list[str] | None, tuple[int, ...]]:
+  """How many classes a TFDS feature tells apart, their names if it has any, and the shape of a label."""
   import tensorflow_datasets as tfds
 
   has_several = isinstance(feature, tfds.features.Sequence)
   label = feature.feature if has_several else feature
   if not isinstance(label, tfds.features.ClassLabel):
     raise InputError(f"config.data.label={name!r} is no class but {type(label).__name__}; name the feature that is")
-  return label.names, (MAX_LABELS,) if has_several else ()
+  are_numbers = label.names == [str(i) for i in range(label.num_classes)]  # TFDS's own, where there are no names
+  return label.num_classes, None if are_numbers else label.names, (MAX_LABELS,) if has_several else ()
 
 
 def _pad(labels: Sequence[int], name: str) -> np.ndarray:

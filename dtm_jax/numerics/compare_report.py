@@ -21,7 +21,10 @@ _SECTIONS = {
   "gradient/": f"gradient{_WORST_FIRST}",
   "updated/": f"parameter after one optimiser step{_WORST_FIRST}",
 }
-_OF_ADAM = "(Adam's first step is as long for the smallest gradient; where that is rounding alone, so is its direction)"
+_OF_ADAM = (
+  "(parameters after one optimiser step: Adam's first step is as long for the smallest gradient, and where that is"
+  " rounding alone, so is its direction)"
+)
 
 Comparisons = Mapping[str, Mapping[str, Any]]  # what `compare.compare` gives, by what was compared
 
