@@ -106,11 +106,14 @@ def _load(argv: list[str], values: flags.FlagValues) -> tuple[ConfigDict, str]:
 
 def _find_shipped(word: str) -> str:
   """`--config=configs/vitb.py` from any folder: a file that is not there is looked for among the shipped ones."""
-  if not word.startswith("--config="):
-    return word
   path, colon, form = word.removeprefix("--config=").partition(":")
+  if not word.startswith("--config=") or pathlib.Path(path).exists():
+    return word
   shipped = _CONFIG_FOLDER / pathlib.Path(path).name
-  return f"--config={shipped}{colon}{form}" if shipped.is_file() and not pathlib.Path(path).exists() else word
+  if not shipped.is_file():
+    known = ", ".join(sorted(file.name for file in _CONFIG_FOLDER.glob("*.py")))
+    raise InputError(f"{path} does not exist; name a file of your own, or one of configs: {known}")
+  return f"--config={shipped}{colon}{form}"
 
 
 def _reason(error: Exception) -> str:

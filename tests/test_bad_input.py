@@ -75,7 +75,8 @@ def write_images(folder: pathlib.Path, count: int, size: int = 24) -> None:
     (["--config.data.num_masked=17"], ["config.data.num_masked=17", "16 patches", "mask fewer"]),
     (["--config.data.image_size=18"], ["config.data.image_size=18", "config.model.patch_size=4", "16 or 20"]),
     (["--config.data.batch_size=12"], ["config.data.batch_size", "12 is not divisible by 8 devices", "8 or 16"]),
-    (["--config.mesh.data=3"], ["config.mesh", "8 devices", "-1"]),
+    (["--config.mesh.data=3"], ["config.mesh data x fsdp x tensor = [3, 1, 1]", "devices, 8", "3 is not it", "-1"]),
+    (["--config.mesh.fsdp=3"], ["does not fit the number of devices, 8: 3 does not divide it"]),
     (["--nonsense"], ["nonsense", "--help"]),
     (["configs/vitb.py"], ["'configs/vitb.py' is not an option", "--config=FILE"]),
   ],
@@ -89,7 +90,7 @@ def test_command_line(fails, arguments, parts):
 @pytest.mark.parametrize(
   ("content", "parts"),
   [
-    (None, ["No such file", "mend the file"]),
+    (None, ["does not exist; name a file of your own, or one of configs: evaluate.py, "]),
     ("def get_config(:\n", ["SyntaxError", "line 1"]),
     ("def get_config():\n  return undefined\n", ["NameError", "undefined"]),
     ("x = 1\n", ["has no attribute 'get_config'"]),
