@@ -19,6 +19,7 @@ result (JPEG of 500 x 375 pixels to 224 px crops, on one core) asks for.
 
 import argparse
 import collections
+import datetime
 import itertools
 import json
 import pathlib
@@ -42,7 +43,7 @@ SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 HOST = {"v4": 4, "v5e": 4, "v5p": 4, "v6e": 4, "a100": 8, "h100": 8, "h200": 8}  # usual chips of a host
 PIPELINE = pathlib.Path(__file__).parent / "results" / "host_pipeline_cpu.json"
 IMAGE = "500 x 375"  # of its rows
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "numpy")
 MAIN_OPERATIONS = ("all-reduce", "all-gather", "reduce-scatter")
 
 Point = dict[str, Any]
@@ -67,6 +68,7 @@ def compile_point(variant: str, layout: str, topology: str, options: argparse.Na
     **{"batch_size": settings.data.batch_size, "morphing": options.morphing},
     **{name: getattr(compiled, name) for name in told},
     "collectives": merged(compiled.collectives),
+    "date": datetime.date.today().isoformat(),
   }
 
 

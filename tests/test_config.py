@@ -1,6 +1,7 @@
 """Every setting is checked by name, and every shipped config resolves."""
 
 import pathlib
+import re
 
 import pytest
 
@@ -43,6 +44,25 @@ def test_vitb_is_the_papers_recipe():
   assert config.total_steps(images) == 300 * 625 and config.warmup_steps(images) == 10 * 625
   assert (config.optim.betas, config.optim.clip_norm, config.optim.weight_decay) == ((0.9, 0.98), 3.0, 0.05)
   assert (config.morphing.draws, config.morphing.max_iterations, config.data.num_masked) == (2, 14, 75)
+
+
+def test_finetune_vitb_is_the_papers_recipe():
+  config = config_lib.resolve(load(ROOT / "configs" / "finetune_vitb.py"))
+  images = 1_281_167
+  assert config.total_steps(images) == 100 * 1251 and config.warmup_steps(images) == 20 * 1251
+  assert (config.peak_lr, config.optim.layer_decay, config.optim.weight_decay) == (5e-4, 0.65, 0.05)
+  assert (config.optim.betas, config.optim.clip_norm, config.optim.min_lr) == ((0.9, 0.999), None, 1e-6)
+  assert (config.finetune.mixup, config.finetune.cutmix, config.finetune.label_smoothing) == (0.8, 1.0, 0.1)
+  assert (config.finetune.erase_prob, config.model.drop_path) == (0.25, 0.1)
+  assert (config.data.rand_augment, config.data.crop_scale) == ("m9-mstd0.5-inc1", (0.08, 1.0))
+
+
+def test_finetune_vitb_at_384_pixels_as_its_page_says():
+  path = ROOT / "configs" / "finetune_vitb.py"
+  words = re.findall(r"--config\.(\S+)=(\S+)", path.read_text().partition("At 384 pixels")[2].partition('"""')[0])
+  changes = {name: value if name == "finetune.init" else float(value) for name, value in words}
+  config = config_lib.resolve(_with(load(path), changes | {"data.image_size": int(changes["data.image_size"])}))
+  assert (config.grid, config.data.eval_crop, config.run.epochs) == ((24, 24), 1.0, 30)
 
 
 def test_shipped_vitb_states_the_base_recipe():

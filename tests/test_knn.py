@@ -15,14 +15,14 @@ ALL = create_mesh(MeshConfig())
 ONE = jax.make_mesh((1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
 
 
-def sklearn_accuracy(train, train_labels, test, test_labels, *, k, temperature):
+def sklearn_classes(train, train_labels, test, *, k, temperature):
   model = KNeighborsClassifier(
     n_neighbors=k,
     metric="cosine",
     algorithm="brute",
     weights=lambda distance: np.exp((1 - distance) / temperature),
   )
-  return model.fit(train.astype(np.float64), train_labels).score(test.astype(np.float64), test_labels)
+  return model.fit(train.astype(np.float64), train_labels).predict(test.astype(np.float64))
 
 
 def noisy_digits(seed=0):
@@ -34,12 +34,14 @@ def noisy_digits(seed=0):
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (20, 1e-3), (200, 0.5)])
-def test_accuracy_equals_sklearn(k, temperature):
-  data = noisy_digits()
-  actual = knn.knn_accuracy(*data, k=k, temperature=temperature, num_classes=10, mesh=ALL)
-  expected = sklearn_accuracy(*data, k=k, temperature=temperature)
-  assert 0.2 < expected < 0.9  # where mistakes would show
-  assert actual == expected
+def test_classes_and_accuracy_equal_sklearns(k, temperature):
+  data, test_labels = noisy_digits()[:3], noisy_digits()[3]
+  options = {"k": k, "temperature": temperature, "num_classes": 10, "mesh": ALL}
+  expected = sklearn_classes(*data, k=k, temperature=temperature)
+  np.testing.assert_array_equal(knn.knn_classes(*data, **options), expected)
+  accuracy = np.mean(expected == test_labels)
+  assert 0.2 < accuracy < 0.9  # where mistakes would show
+  assert knn.knn_accuracy(*data, test_labels, **options) == accuracy
 
 
 def test_settings_change_the_answer():

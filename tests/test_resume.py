@@ -12,7 +12,7 @@ from PIL import Image
 import runs
 from configs import quickstart
 from dtm_jax import config as config_lib
-from dtm_jax import metrics, pretraining, restore, sharding
+from dtm_jax import distributed, metrics, pretraining, restore, sharding
 from dtm_jax import workdir as workdir_lib
 from dtm_jax.checkpoint import CheckpointStore
 from dtm_jax.config import MeshConfig
@@ -103,8 +103,8 @@ def test_a_complete_run_tells_of_other_inputs(uninterrupted, caplog):
   assert f"{uninterrupted} was run with config.data.path='', and that is not looked at again" in caplog.text
 
 
-def test_an_end_before_the_checkpoint_is_refused_and_a_later_one_told(tmp_path, caplog):
-  """It bends the rest of the learning rate's cosine."""
+def test_an_end_before_the_checkpoint_is_refused_and_a_later_one_told(tmp_path, caplog, monkeypatch):
+  """It bends the rest of the learning rate's cosine. At the end processes compare their parameters."""
   assert not run(tmp_path, stop_after=3)
 
   def run_for(steps):
@@ -113,8 +113,13 @@ def test_an_end_before_the_checkpoint_is_refused_and_a_later_one_told(tmp_path, 
 
   with pytest.raises(InputError, match="the checkpoint is at step 3, beyond the run's end at 2"):
     run_for(2)
+  compared, check_same = {}, distributed.check_same
+  monkeypatch.setattr(
+    distributed, "check_same", lambda values, *remedy: compared.update(values) or check_same(values, *remedy)
+  )
   with caplog.at_level("WARNING", logger="absl"):
     assert run_for(6)
+  assert compared["params_sha256"] == runs.summary(tmp_path)["params_sha256"]
   assert "it was a run of 5 steps before; from here on the learning rate is that of one of 6" in caplog.text
 
 

@@ -291,7 +291,8 @@ def test_a_batch_is_shared_by_groups_of_devices():
 SMALL = {"width": 32, "depth": 1, "heads": 4}
 ONE_DEVICE = ()
 # One of the four by default: each compiles for seconds.
-LAYOUTS = [(2, 2, 2), *(pytest.param(x, marks=pytest.mark.slow) for x in ((1, 8, 1), (8, 1, 1), (2, 4, 1)))]
+OTHER_LAYOUTS = ((1, 8, 1), (8, 1, 1), (2, 4, 1))
+LAYOUTS = [(2, 2, 2), *(pytest.param(x, marks=pytest.mark.slow) for x in OTHER_LAYOUTS)]
 CHANGES = {
   "pretrain": {"morphing.granularity": "group", "morphing.group_size": 2},
   "finetune": {"finetune.mixup": 0.8, "finetune.cutmix": 1.0, "finetune.erase_prob": 0.5, "optim.ema_decay": 0.9},
@@ -402,10 +403,18 @@ def test_a_new_state_is_the_same_in_every_layout():
   assert params_sha256(state.params) == params_sha256(first_state("pretrain").params)
 
 
+@functools.cache
+def finetuned_alone():
+  return train("finetune", ONE_DEVICE)
+
+
 @pytest.mark.slow
-def test_finetuning_is_the_same_on_a_mesh():
-  expected_state, expected = train("finetune", ONE_DEVICE)
-  state, history = train("finetune", (2, 2, 2))
+@pytest.mark.parametrize(
+  "sizes", [(2, 2, 2), *(pytest.param(x, marks=pytest.mark.long) for x in OTHER_LAYOUTS)], ids=str
+)
+def test_finetuning_is_the_same_in_every_layout(sizes):
+  expected_state, expected = finetuned_alone()
+  state, history = train("finetune", sizes)
   np.testing.assert_allclose(history["loss"], expected["loss"], rtol=1e-5)
   average, expected_average = (jax.device_get(averaged_params(s.opt_state)) for s in (state, expected_state))
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4), average, expected_average)

@@ -23,7 +23,12 @@ TRAIN, VALIDATION, TEST = [0, 9, 1, 8, 2, 7, 3, 6, 4, 5, 0, 1], [5, 4, 3], [3, 1
 # Where accuracy is reported, by the papers on each set.
 EVALUATED = {"inat2018": "validation", "inat2021": "val"}
 COMPILED = "flowers"  # the others' rates make other programs
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("inat2018", "cifar100")]  # each recipe's once
+# Each recipe once, the other sets by those who ask for `long` tests.
+OTHERS = [
+  pytest.param(name, marks=[pytest.mark.slow] + [pytest.mark.long] * (name not in ("inat2018", "cifar100")))
+  for name in transfer.SETS
+  if name != COMPILED
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -28,24 +28,10 @@ def knn_accuracy(
   num_classes: int,
   mesh: Mesh,
 ) -> float:
-  """Share of test images whose class wins the vote of their k most similar training images.
-
-  A neighbour at cosine similarity s votes with weight exp(s / temperature). Every pair is compared (no approximate
-  search); a tied vote goes to the smaller class. Test images are split over the devices, each of which holds all
-  training features.
+  """Share of test images that `knn_classes` is right about, in [0, 1]; see there for the arguments.
 
   Args:
-    train_features: float [n, D], not necessarily normalised.
-    train_labels: int [n], in 0..num_classes-1.
-    test_features: float [m, D].
     test_labels: int [m], in 0..num_classes-1.
-    k: number of neighbours, at most n.
-    temperature: of the weights, positive; small ones make it a nearest-neighbour classifier.
-    num_classes: number of classes.
-    mesh: devices.
-
-  Returns:
-    Accuracy in [0, 1].
 
   Raises:
     InputError: no test image, fewer training images than `k`, or an image without a class.
@@ -56,6 +42,35 @@ def knn_accuracy(
         f"k-NN has {len(labels)} {name} images and needs {needed}; add images or lower config.eval.knn_k"
       )
     check_labels(name, labels, num_classes)
+  options = {"k": k, "temperature": temperature, "num_classes": num_classes, "mesh": mesh}
+  return float(np.mean(knn_classes(train_features, train_labels, test_features, **options) == test_labels))
+
+
+def knn_classes(
+  train_features: np.ndarray,
+  train_labels: np.ndarray,
+  test_features: np.ndarray,
+  *,
+  k: int,
+  temperature: float,
+  num_classes: int,
+  mesh: Mesh,
+) -> np.ndarray:
+  """The class of each test image that wins the vote of its k most similar training images, int32 [m].
+
+  A neighbour at cosine similarity s votes with weight exp(s / temperature). Every pair is compared (no approximate
+  search); a tied vote goes to the smaller class. Test images are split over the devices, each of which holds all
+  training features.
+
+  Args:
+    train_features: float [n, D], not necessarily normalised.
+    train_labels: int [n], in 0..num_classes-1.
+    test_features: float [m, D].
+    k: number of neighbours, at most n.
+    temperature: of the weights, positive; small ones make it a nearest-neighbour classifier.
+    num_classes: number of classes.
+    mesh: devices.
+  """
   replicated = sharding.replicated(mesh)
   predicted = _predict(
     sharding.place(np.asarray(train_features, np.float32), replicated),
@@ -66,7 +81,7 @@ def knn_accuracy(
     num_classes=num_classes,
     mesh=mesh,
   )
-  return float(np.mean(distributed.to_host(predicted)[: len(test_labels)] == test_labels))
+  return distributed.to_host(predicted)[: len(test_features)]
 
 
 @functools.partial(jax.jit, static_argnames=("k", "num_classes", "mesh"))
