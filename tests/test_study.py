@@ -182,7 +182,8 @@ The teacher's own classifier: 77.7 %.
 
 def mark_done(folder: pathlib.Path, cell: Cell, **scores: float) -> None:
   """As a run leaves it whose parameters have the cell's name for a hash."""
-  record, summary = {"init_sha256": cell.needs}, {"params_sha256": cell.name, **scores}
+  record = {"init_sha256": cell.needs, "devices": "1 x cpu"}
+  summary = {"params_sha256": cell.name, "seconds": 2.5, **scores}
   files = {runner.DONE_FILE: config_lib.to_json(cell.config), "config.json": record, "summary.json": summary}
   (folder / cell.name).mkdir(parents=True, exist_ok=True)
   for name, content in files.items():
@@ -207,8 +208,10 @@ def recorded(tmp_path):
 
 
 def test_table_of_recorded_summaries(recorded, tmp_path):
-  path = results.write(tmp_path, results.collect(recorded))
+  found = results.collect(recorded)
+  path = results.write(tmp_path, found)
   assert path.read_text().endswith(TABLE)
+  assert (found["devices"], found["cell_seconds"]) == (["1 x cpu"], round(2.5 * len(recorded.cells)))
 
 
 def with_seed(study: Study, name: str, seed: int) -> Study:

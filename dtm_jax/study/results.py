@@ -50,19 +50,23 @@ def feature_columns(study: Study) -> dict[str, str]:
 
 def collect(study: Study) -> dict[str, Any]:
   """All that is known, as `results.json` has it: for each teacher, arm and column, values and their statistics."""
-  summaries = {name: _summary(study, name) for name in complete(study.folder, study.cells)}
+  done = complete(study.folder, study.cells)
+  summaries = {name: _read(study, name, workdirs.SUMMARY_FILE) for name in done}
   return {
     "study": study.title,
     "baseline": study.baseline,
     "seeds": [*study.seeds],
     "cells": len(study.cells),
     "cells_done": len(summaries),
+    "cell_seconds": round(sum(summary.get("seconds", 0) for summary in summaries.values())),
+    "devices": sorted({_read(study, name, workdirs.CONFIG_FILE).get("devices", "") for name in done}),
+    "versions": workdirs.versions(),
     "teachers": {teacher: _of_teacher(study, summaries, teacher) for teacher in study.teachers},
   }
 
 
-def _summary(study: Study, cell: str) -> Summary:
-  return workdirs.read_json(study.folder / cell / workdirs.SUMMARY_FILE) or {}
+def _read(study: Study, cell: str, file: str) -> Summary:
+  return workdirs.read_json(study.folder / cell / file) or {}
 
 
 def _of_teacher(study: Study, summaries: Summaries, teacher: str) -> dict[str, Any]:
