@@ -114,7 +114,7 @@ def run(config: Config, plan: Plan) -> None:
 
 
 def open_devices(topology: str) -> list[jax.Device]:
-  """The devices to compile for: "cpu:8", a TPU slice such as "v5e:4x4", or those of this machine for "".
+  """The devices to compile for: "cpu:8", TPU slices ("v5e:4x4", two of them "v5e:4x4:2"), this machine's for "".
 
   Raises:
     InputError: another name, or what is needed for it is not there.
@@ -123,11 +123,11 @@ def open_devices(topology: str) -> list[jax.Device]:
     return jax.devices()
   if match := re.fullmatch(r"cpu:([1-9]\d*)", topology):
     return _cpu_devices(int(match[1]))
-  if re.fullmatch(r"v\d\w*:\d+(x\d+)*", topology):
-    return _tpu_devices(topology)
+  if match := re.fullmatch(r"(v\d\w*:\d+(?:x\d+)*)(?::([1-9]\d*))?", topology):
+    return _tpu_devices(match[1], int(match[2] or 1))
   raise InputError(
-    f"--topology={topology!r} is none of cpu:N, and a TPU slice such as v5e:4x4 or v5p:2x2x2; for GPUs, leave it out on"
-    " a machine that has one"
+    f"--topology={topology!r} is none of cpu:N, a TPU slice such as v5e:4x4 or v5p:2x2x2, and several (v5e:4x4:2); for"
+    " GPUs, leave it out on a machine that has one"
   )
 
 
@@ -143,11 +143,12 @@ def _cpu_devices(number: int) -> list[jax.Device]:
   return devices[:number]
 
 
-def _tpu_devices(topology: str) -> list[jax.Device]:
+def _tpu_devices(topology: str, num_slices: int) -> list[jax.Device]:
   for name, value in _QUIET_LIBTPU.items():
     os.environ.setdefault(name, value)
   jax.config.update("jax_platforms", "cpu")  # for what is not compiled; there need be no TPU
   options = {"chip_config_name": "megacore"} if topology.startswith(_TWO_CORES_AS_ONE) else {}
+  options |= {"num_slices": num_slices} if num_slices > 1 else {}
   try:
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
   except RuntimeError as error:

@@ -5,10 +5,10 @@ steps of a miniature of it on made-up images. Any key of the config can be set; 
 and a work folder's `config.json` has their values. The same command goes on where a run was stopped.
 
 With `--compile_only` nothing is trained: the step is compiled for the devices of this machine, for `--topology=cpu:N`
-or for a TPU slice (`--topology=v5e:4x4`, where libtpu is installed). Images and weights need not be there; what is
-assumed of them then is said. What the step needs is printed: memory of each device, FLOPs, bytes, and how long it takes
-at least on `--chip=NAME` (or TFLOPS,GB/S,GIB) with matrix products at `--mfu=0.4` of the peak. The exit code is 2 where
-it does not fit.
+or for TPU slices (`--topology=v5e:4x4`, two of them v5e:4x4:2; libtpu has to be installed). Images and weights need not
+be there; what is assumed of them then is said. What the step needs is printed: memory of each device, FLOPs, bytes, and
+how long it takes at least on `--chip=NAME` (or TFLOPS,GB/S,GIB) with matrix products at `--mfu=0.4` of the peak. The
+exit code is 2 where it does not fit.
 
 Several processes train as one where the environment says so: Slurm, a TPU pod, Open MPI, an indexed Kubernetes job, or
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, as `launch/local.sh N ARGS...` sets them.

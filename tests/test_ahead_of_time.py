@@ -151,8 +151,9 @@ def test_split_state_takes_less_and_what_does_not_fit_is_told_in_one_line(capsys
 @pytest.mark.parametrize(
   ("words", "message"),
   [
-    (["--topology=cpu:0"], "is none of cpu:N, and a TPU slice"),
-    (["--topology=gpu:8"], "is none of cpu:N, and a TPU slice"),
+    (["--topology=cpu:0"], "is none of cpu:N, a TPU slice"),
+    (["--topology=gpu:8"], "is none of cpu:N, a TPU slice"),
+    (["--topology=v5e:4x4:0"], "is none of cpu:N, a TPU slice"),
     (["--topology=cpu:9"], "is more than the 8 devices"),
     (["--topology=cpu:3"], "is not divisible by 3 devices"),
     (["--chip=fast"], "--chip='fast' is none of v4"),

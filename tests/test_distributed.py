@@ -238,6 +238,13 @@ def options(workdir: pathlib.Path, images: pathlib.Path, **settings) -> list[str
   return runs.options(workdir, **(data | steps | settings))
 
 
+# Whose parameters lie on the devices of both processes, and which a file has.
+TEACHER = {
+  **{"teacher__kind": "checkpoint", "teacher__weights": runs.ROOT / "tests/golden/student_tiny.pth"},
+  **{"data__image_size": 64, "data__num_masked": 24, "data__mask_min_block": 4, "model__patch_size": 8},
+}
+
+
 def assert_same_rows(workdir: pathlib.Path, reference: pathlib.Path, rtol: float) -> None:
   """The same steps in the same order, and values that agree."""
   own, others = runs.rows(workdir), runs.rows(reference)
@@ -251,7 +258,7 @@ def assert_same_rows(workdir: pathlib.Path, reference: pathlib.Path, rtol: float
 def alone(tmp_path_factory, images, compile_cache):
   """A run of one process with two devices."""
   workdir = tmp_path_factory.mktemp("alone")
-  train(1, 2, options(workdir, images), compile_cache)
+  train(1, 2, options(workdir, images, **TEACHER), compile_cache)
   return workdir
 
 
@@ -259,7 +266,7 @@ def alone(tmp_path_factory, images, compile_cache):
 def paired(tmp_path_factory, images, compile_cache):
   """A run of two processes with a device each: its work folder, and what it said."""
   workdir = tmp_path_factory.mktemp("paired")
-  return workdir, train(2, 1, options(workdir, images), compile_cache)
+  return workdir, train(2, 1, options(workdir, images, **TEACHER), compile_cache)
 
 
 def test_two_processes_compute_what_one_does(paired, alone):
