@@ -207,7 +207,6 @@ WITH_SMALL_FILES = ("bash", "-c", 'ulimit -f 100; exec "$@"', "-")
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.fault("disk full in a save in the background", "in the middle of the run")
 def test_a_failed_save_ends_the_run(tmp_path, compile_cache, outcome):
   settings = {"run__steps": 300, "run__log_every_steps": 300, "run__checkpoint_every_steps": 150}
