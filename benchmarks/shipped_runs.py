@@ -65,9 +65,11 @@ def main() -> None:
   warn_if_busy()
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
-    rows = [measure(*run, folder) for run in plan(folder, options.fashion_mnist).items()]
+    rows = []
+    for run in plan(folder, options.fashion_mnist).items():
+      rows.append(measure(*run, folder))
+      write_json(options.json, rows, ("jax", "jaxlib", "flax", "optax", "numpy"))
   report(rows, COLUMNS | {score: (score, ".4f") for score in SCORES})
-  write_json(options.json, rows, ("jax", "jaxlib", "flax", "optax", "numpy"))
 
 
 if __name__ == "__main__":

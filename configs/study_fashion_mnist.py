@@ -15,7 +15,7 @@ step. The teachers leave room above themselves: none has seen all labels.
 Scales:
 
   ci     49 tokens, few steps: to see that everything runs. 14 runs, a few minutes on two CPU cores
-  cpu    196 tokens as in the paper, raw HOG. 36 runs, about an hour (estimated)
+  cpu    196 tokens as in the paper, raw HOG. 36 runs, about an hour
   arms   49 tokens, all arms, the classifier of 2,000 images. 98 runs, about an hour
   seeds  token-wise and DTM of `arms`, six other seeds. 50 runs, 50 minutes beside other work
   long   49 tokens, the classifier of 2,000 images, ten passes instead of two thirds of one. 26 runs
