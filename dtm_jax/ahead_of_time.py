@@ -300,6 +300,8 @@ def _chip_lines(compiled: Compiled, chip: Chip, mfu: float) -> list[str]:
 
 
 def _collective_lines(compiled: Compiled) -> list[str]:
+  if len({getattr(device, "slice_index", None) for device in compiled.parts.mesh.devices.flat}) > 1:
+    return ["sent to other devices: not told for several slices, whose sums are split between two networks"]
   if not compiled.collectives:
     return ["sent to other devices: nothing"]
   sent, unknown = collections.Counter(), 0
