@@ -37,7 +37,7 @@ from dtm_jax.models.variants import VARIANTS
 from dtm_jax.networks import create_classifier, create_student
 
 CONFIGS = {"B": vitb, "L": vitl}
-LAYOUTS = {"data": {}, "fsdp": {"data": 1, "fsdp": -1}, "tensor": {"tensor": 4}}
+LAYOUTS = {"data": {}, "fsdp": {"data": 1, "fsdp": -1}, "data x fsdp 8": {"fsdp": 8}, "tensor": {"tensor": 4}}
 LOSS_BYTES = 4  # of the sum that a step without morphing leaves out
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 HOST = {"v4": 4, "v5e": 4, "v5p": 4, "v6e": 4, "a100": 8, "h100": 8, "h200": 8}  # usual chips of a host
