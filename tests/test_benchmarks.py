@@ -22,6 +22,7 @@ def run(script: str, tmp_path: pathlib.Path, *options: str) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_step_has_the_losses_memory_and_flops_of_pytorch(tmp_path):
   # A third step, the first that tells whether the warm-up has left moments behind.
   options = ("--variant=S", "--batch=1", "--rounds=2", "--torch", "eager", "--morphing_share=1", "--peak_tflops=0.5")
