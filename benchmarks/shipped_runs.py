@@ -1,6 +1,6 @@
 """The shipped pages that two CPU cores can run, as a user runs them: what they reach, how long they take.
 
-  python benchmarks/shipped_runs.py [--fashion_mnist=DATA] [--json=FILE]
+  python benchmarks/shipped_runs.py [--fashion_mnist=DATA] [--only RUN ...] [--json=FILE]
 
 The quickstart, its evaluation, its fine-tuning, the same from scratch and, where the folder of the prepared data set is
 given, Fashion-MNIST from scratch. One run of each, one after the other, each a process of its own with nothing
@@ -61,13 +61,16 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--fashion_mnist", type=pathlib.Path, metavar="DATA", help="TFDS data_dir that has it")
   parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write results and machine to this file")
+  parser.add_argument("--only", nargs="+", metavar="RUN", help="of the table, and those that they begin from")
   options = parser.parse_args()
   warn_if_busy()
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     rows = []
-    for run in plan(folder, options.fashion_mnist).items():
-      rows.append(measure(*run, folder))
+    for run, arguments in plan(folder, options.fashion_mnist).items():
+      if options.only and run not in options.only:
+        continue
+      rows.append(measure(run, arguments, folder))
       write_json(options.json, rows, ("jax", "jaxlib", "flax", "optax", "numpy"))
   report(rows, COLUMNS | {score: (score, ".4f") for score in SCORES})
 
