@@ -266,6 +266,7 @@ def main() -> None:
   add_points(points, options)
   check_formula(points)
   rows = [row for variant in options.variant for row in scale(variant, options)]
+  points.sort(key=lambda point: (point["variant"], point["layout"], point["devices"], point["topology"]))
   print(markdown([point_row(point) for point in points], POINT_COLUMNS), end="\n\n")
   print(markdown(rows, COLUMNS), end="\n\n")
   print(markdown(host_rows(options.variant, options.mfu), HOST_COLUMNS))

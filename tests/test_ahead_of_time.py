@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -165,6 +166,21 @@ def test_what_cannot_be_compiled_for(capsys, words, message):
   code, out, err = run_here(capsys, *words)
   assert (code, out, err.count("\n")) == (2, "", 1)
   assert message in err
+
+
+def test_what_several_slices_send_is_not_told():
+  """The programs of TPUs alone have them; a number would leave out what goes over the other network."""
+
+  def lines(slices):
+    devices = np.array([types.SimpleNamespace(slice_index=index) for index in slices])
+    return ahead_of_time._collective_lines(
+      types.SimpleNamespace(parts=types.SimpleNamespace(mesh=types.SimpleNamespace(devices=devices)), collectives=())
+    )
+
+  assert lines([0, 0, 1, 1]) == [
+    "sent to other devices: not told for several slices, whose sums are split between two networks"
+  ]
+  assert lines([None, None]) == ["sent to other devices: nothing"]
 
 
 def test_its_options_need_it(capsys):
