@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,10 +41,23 @@ def enable() -> None:
 
 
 class _Cache(LRUCache):
-  """jax's cache, which removes what a kill or a full disk has left half written.
+  """jax's cache, in which programs appear whole, and half ones, left by others or before, are removed.
 
   jax would warn of such an entry in every run and compile, but never replace it.
   """
+
+  def put(self, key: str, value: bytes) -> None:
+    """Under another name first: runs beside this one may look for the program, and a kill may come."""
+    if self.eviction_enabled:  # jax counts what it keeps by name, and locks the folder meanwhile
+      super().put(key, value)
+      return
+    part, entry = (self.path / f"{name}-cache" for name in (f"{key}-{uuid.uuid4().hex}-part", key))
+    try:
+      part.write_bytes(value)
+      part.replace(entry)
+    except BaseException:
+      part.unlink(missing_ok=True)
+      raise
 
   def get(self, key: str) -> bytes | None:
     content = super().get(key)

@@ -16,10 +16,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
   "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
-# Most of the time goes into compiling, often the same again; processes that tests start share the folder, too. It is
-# not kept: a test that kills a process may leave half a program behind.
-COMPILED = tempfile.TemporaryDirectory(prefix="dtm_jax_compiled_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+# Most of the time goes into compiling, often the same again. pytest's workers share the folder, and processes that
+# tests start; it is not kept, for what is tested may be what is compiled.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  COMPILED = tempfile.TemporaryDirectory(prefix="dtm_jax_compiled_")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 # The extra `test` brings torch. Without it (no CPU build for some Pythons) what compares with it is left out.
@@ -36,10 +37,18 @@ def golden():
   return lambda name: np.load(GOLDEN / f"{name}.npz")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def programs_appear_whole():
+  """For the tests' own process, what `dtm_jax.main` does for its own."""
+  from dtm_jax import compile_cache  # jax reads the environment once, when it is imported
+
+  compile_cache.enable()
+
+
 @pytest.fixture(scope="session")
 def compile_cache():
   """The folder of compiled programs, for processes whose environment a test makes itself."""
-  return pathlib.Path(COMPILED.name)
+  return pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
-"""What a kill leaves of a compiled program that is being written is no burden for the next run."""
+"""A compiled program that is being written is whole or none for others, and no burden for the next run."""
+
+import threading
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+from jax._src import compilation_cache  # of which the public module has only a part
 
 from dtm_jax import compile_cache
 
@@ -33,3 +36,17 @@ def test_half_a_program_is_compiled_and_kept_anew(folder, left, outcome):
   assert (result == jnp.tanh(x) @ x).all()
   assert len(entry.read_bytes()) > len(whole) // 2 > 100
   outcome("compiled and kept anew, no warning")
+
+
+@pytest.mark.fault("compiled program being written", "when another run looks for it")
+def test_a_program_appears_whole(folder, outcome):
+  jax.jit(lambda x: x + 1)(jnp.eye(3))
+  value, entry = np.random.default_rng(0).bytes(200_000_000), folder / "large-cache"
+  writer = threading.Thread(target=compilation_cache._cache.put, args=("large", value))
+  writer.start()
+  while not entry.exists():
+    assert writer.is_alive() or entry.exists()
+  assert entry.stat().st_size == len(value)
+  writer.join()
+  assert [path.name for path in folder.glob("large*")] == [entry.name]
+  outcome("there is none, or the whole")
