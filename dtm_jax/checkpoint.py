@@ -20,6 +20,9 @@ BEST_FOLDER = "best"  # with the highest score so far
 DAMAGED_FOLDER = "damaged"  # checkpoints that could not be read
 
 _POLL_SECONDS = 0.02
+# Orbax shares the writing of what devices hold alike among them, one slice each, and cuts slices one by one in Python,
+# with a compilation for each shape, while training waits. Worth it for arrays that take long to write.
+_MIN_SLICE_BYTES = 2**20
 _CHECKSUM = "checksum"  # entry of a checkpoint's metadata
 _MOVE_AWAY = "; if it is damaged, move it away to go on from the one before"
 
@@ -79,6 +82,12 @@ def _noting(errors: list[Exception]) -> ocp.StandardCheckpointHandler:
   return handler
 
 
+def _cut_large_arrays_only() -> None:
+  """Orbax takes no such option for one manager: it holds for all that this process saves."""
+  handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES)
+  ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+
+
 class CheckpointStore:
   """The checkpoints of one work folder; `keep` of them stay, and None opens the store to read only.
 
@@ -91,6 +100,7 @@ class CheckpointStore:
     self._workdir, self._folder, self._is_saving = workdir, workdir.resolve() / folder, False
     self._errors: list[Exception] = []  # of this process's writes; after the first no caller goes on
     writes = keep is not None  # what looks unfinished may be the work of a run that goes on
+    _cut_large_arrays_only()
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
       create=writes,

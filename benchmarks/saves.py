@@ -1,0 +1,81 @@
+"""How long a save holds training up on several devices, with the writing shared among them in two ways.
+
+  python benchmarks/saves.py [--page=vitb] [--devices=8] [--rounds=5] [--json=FILE]
+
+What all devices hold alike, orbax lets each write a slice of. `checkpoint.py` has only large arrays sliced: a save
+returns when the slices have left the devices, and small ones take longer to cut than to copy. Each way saves the same
+state by turns; the first save of each is told apart, for it compiles. On CPUs the devices share the cores.
+"""
+
+import contextlib
+import pathlib
+import statistics
+import tempfile
+import time
+from typing import Any
+from unittest import mock
+
+import jax
+from common import argument_parser, in_turns, median_ratio, quartiles, report, run_options, warn_if_busy, write_json
+
+from dtm_jax import checkpoint, command_line, pretraining
+from dtm_jax import config as config_lib
+from dtm_jax.checkpoint import CheckpointStore
+
+WAYS = {"each array sliced (orbax's default)": 0, "large arrays sliced (ours)": checkpoint._MIN_SLICE_BYTES}
+
+
+def new_state(page: str, devices: int) -> Any:
+  """A train state that all devices hold alike."""
+  settings = {"data.source": "synthetic", "data.batch_size": devices, "teacher.kind": "hog", "teacher.weights": ""}
+  options = run_options(page, settings, is_cpu=jax.default_backend() == "cpu")
+  config = config_lib.resolve(command_line.parse_config(["saves", *options]))
+  return pretraining.build(config).begin()[0]
+
+
+def save(state: Any, min_slice_bytes: int) -> tuple[float, float]:
+  """Seconds until a save returns, and until its files are there."""
+  with (
+    tempfile.TemporaryDirectory() as folder,
+    mock.patch.object(checkpoint, "_MIN_SLICE_BYTES", min_slice_bytes),
+    contextlib.closing(CheckpointStore(pathlib.Path(folder), keep=1)) as store,
+  ):
+    start = time.perf_counter()
+    store.save(state)
+    returned = time.perf_counter() - start
+    store.wait()
+    return returned, time.perf_counter() - start
+
+
+def main() -> None:
+  parser = argument_parser(__doc__, rounds=5)
+  parser.add_argument("--page", default="vitb", help="of configs/, a pre-training (%(default)s)")
+  parser.add_argument("--devices", type=int, default=8, help="on CPUs: how many to make (%(default)s)")
+  options = parser.parse_args()
+  warn_if_busy()
+  jax.config.update("jax_num_cpu_devices", options.devices)
+  state = new_state(options.page, jax.device_count())
+  firsts = {name: save(state, size) for name, size in WAYS.items()}
+  seconds = in_turns({name: lambda _, size=size: save(state, size) for name, size in WAYS.items()}, options.rounds)
+  rows = [row(name, firsts[name], seconds[name], seconds[next(iter(WAYS))]) for name in WAYS]
+  columns = {"first, s": ("first_seconds", ".2f"), "returns, s": ("seconds", ".2f"), "ratio": ("ratio", ".2f")}
+  report(rows, {"": ("way", "")} | columns | {"files there, s": ("until_there", ".2f")})
+  write_json(
+    options.json, {"devices": jax.device_count(), "rows": rows}, ("jax", "jaxlib", "orbax-checkpoint", "numpy")
+  )
+
+
+def row(name: str, first: tuple[float, float], times: list[tuple], reference: list[tuple]) -> dict[str, Any]:
+  (returned, there), (others, _) = zip(*times, strict=True), zip(*reference, strict=True)
+  return {
+    "way": name,
+    "first_seconds": first[0],
+    "seconds": statistics.median(returned),
+    "quartiles": quartiles(returned),
+    "ratio": median_ratio(returned, others),
+    "until_there": statistics.median(there),
+  }
+
+
+if __name__ == "__main__":
+  main()
