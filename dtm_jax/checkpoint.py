@@ -69,6 +69,11 @@ def _noting(errors: list[Exception]) -> ocp.StandardCheckpointHandler:
   No class of its own, whose name would be written into checkpoints: others read them without this package.
   """
   handler = ocp.StandardCheckpointHandler()
+  arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES)
+  # In public this option is one for all that a process saves, and orbax would warn of the change.
+  handler._impl = ocp.PyTreeCheckpointHandler(
+    type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+  )
   start, merge = handler.async_save, handler.finalize
 
   async def async_save(*args, **kwargs) -> list[ocp.future.Future]:
@@ -80,12 +85,6 @@ def _noting(errors: list[Exception]) -> ocp.StandardCheckpointHandler:
 
   handler.async_save, handler.finalize = async_save, finalize
   return handler
-
-
-def _cut_large_arrays_only() -> None:
-  """Orbax takes no such option for one manager: it holds for all that this process saves."""
-  handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES)
-  ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
 
 
 class CheckpointStore:
@@ -100,7 +99,6 @@ class CheckpointStore:
     self._workdir, self._folder, self._is_saving = workdir, workdir.resolve() / folder, False
     self._errors: list[Exception] = []  # of this process's writes; after the first no caller goes on
     writes = keep is not None  # what looks unfinished may be the work of a run that goes on
-    _cut_large_arrays_only()
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
       create=writes,

@@ -7,6 +7,7 @@ import os
 import pathlib
 import resource
 import shutil
+import subprocess
 import time
 
 import jax
@@ -174,6 +175,18 @@ def small_files(size: int):
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_only_large_arrays_are_cut_among_devices(tmp_path, monkeypatch):
+  """Cutting is for each slice a call, and for each shape a compilation, while training waits."""
+  cut, slice_in_dim = [], jax.lax.slice_in_dim
+  monkeypatch.setattr(jax.lax, "slice_in_dim", lambda x, **where: cut.append(x.shape) or slice_in_dim(x, **where))
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+  params = {"small": jnp.zeros((8, 999)), "large": jnp.zeros((8, 2**18))}  # a MiB to each of 8 devices
+  state = TrainState(jnp.int32(1), params, (), jnp.int32(NEVER))
+  with contextlib.closing(CheckpointStore(tmp_path, keep=1)) as store:
+    store.save(jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())))
+  assert cut == [(8, 2**18)] * 8
+
+
 def test_checkpoints_name_the_classes_of_orbax(saved):
   """Others read them without this package."""
   metadata = json.loads((saved / "checkpoints/2/_CHECKPOINT_METADATA").read_text())
@@ -207,6 +220,7 @@ WITH_SMALL_FILES = ("bash", "-c", 'ulimit -f 100; exec "$@"', "-")
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault("disk full in a save in the background", "in the middle of the run")
 def test_a_failed_save_ends_the_run(tmp_path, compile_cache, outcome):
   settings = {"run__steps": 300, "run__log_every_steps": 300, "run__checkpoint_every_steps": 150}
@@ -215,6 +229,51 @@ def test_a_failed_save_ends_the_run(tmp_path, compile_cache, outcome):
   assert f"saving to {tmp_path}/checkpoints failed" in stderr
   assert not (tmp_path / "summary.json").exists() and not runs.checkpoints(tmp_path)
   outcome("exit 2")
+
+
+@pytest.fixture
+def disk(tmp_path):
+  """A folder on a disk of its own, and what gives that another size, such as 9m."""
+  folder = tmp_path / "disk"
+  folder.mkdir()
+
+  def mount(size: str, *options: str) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join((f"size={size}", *options)), "tmpfs", folder], check=True)
+
+  try:
+    mount("1m")
+  except (OSError, subprocess.CalledProcessError):
+    pytest.skip("cannot mount a disk here; root may")
+  yield folder, lambda size: mount(size, "remount")
+  subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.fault("a disk that is really full", "in the third save; then there is room")
+def test_with_room_again_the_run_goes_on(disk, tmp_path, compile_cache, outcome):
+  folder, resize = disk
+  settings = {
+    "run__steps": 30,
+    "run__log_every_steps": 1,
+    "run__checkpoint_every_steps": 10,
+    "run__keep_checkpoints": 3,
+  }
+
+  def run(workdir) -> tuple[int, str]:
+    return runs.finish(runs.start(runs.options(workdir, **settings), compile_cache))
+
+  resize("12m")  # two checkpoints of 5.5 MB
+  code, stderr = run(folder / "run")
+  assert code == 2, stderr
+  assert "No space left on device" in stderr and stderr.endswith("it goes on from step 20\n")
+  assert runs.checkpoints(folder / "run") == [10, 20]
+  resize("40m")
+  code, stderr = run(folder / "run")
+  assert (code, "resuming at step 20 of 30" in stderr) == (0, True), stderr
+  run(tmp_path / "elsewhere")
+  assert runs.rows(folder / "run") == runs.rows(tmp_path / "elsewhere")
+  assert runs.summary(folder / "run")["params_sha256"] == runs.summary(tmp_path / "elsewhere")["params_sha256"]
+  outcome("exit 2, checkpoints stay, goes on")
 
 
 @pytest.mark.slow
