@@ -12,16 +12,13 @@ from matplotlib.figure import Figure
 import runs
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-XLA_FLAGS = (
-  "--xla_force_host_platform_device_count=8",
-  # A busy machine may keep one of eight devices on two cores waiting for longer than XLA's 40 seconds.
-  "--xla_cpu_collective_call_terminate_timeout_seconds=600",
-  # Most of the time goes into compiling: machine code as it comes. Processes that tests start compile as users' do.
-  "--xla_backend_optimization_level=0",
+# A busy machine may keep one of eight devices on two cores waiting for longer than XLA's 40 seconds.
+os.environ["XLA_FLAGS"] = (
+  "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+  f" {runs.QUICKLY_COMPILED}"
 )
-os.environ["XLA_FLAGS"] = " ".join(XLA_FLAGS)
-# Often the same again. pytest's workers share the folder, and processes that tests start; it is not kept, for what is
-# tested may be what is compiled.
+# Much is compiled again and again. pytest's workers share the folder, and processes that tests start; it is not kept,
+# for what is tested may be what is compiled.
 if "PYTEST_XDIST_WORKER" not in os.environ:
   COMPILED = tempfile.TemporaryDirectory(prefix="dtm_jax_compiled_")
   os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name

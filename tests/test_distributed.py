@@ -90,7 +90,12 @@ def free_port() -> int:
 def environment(**variables: str) -> dict[str, str]:
   """Of a process with one device, unless `variables` say otherwise."""
   # jax would warn of a proxy, which some machines have.
-  own = {"XLA_FLAGS": "", "PYTHONPATH": str(runs.ROOT), "PYTHON": sys.executable, "JAX_CHECK_PROXY_ENVS": "0"}
+  own = {
+    "XLA_FLAGS": runs.QUICKLY_COMPILED,
+    "PYTHONPATH": str(runs.ROOT),
+    "PYTHON": sys.executable,
+    "JAX_CHECK_PROXY_ENVS": "0",
+  }
   return os.environ | own | variables
 
 

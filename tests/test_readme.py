@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import runs
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 # (marker, language, text)
@@ -93,5 +95,5 @@ def test_shell_lines_run(stand_ins, tmp_path):
     program, *arguments = words[len(variables) :]
     assert program in PROGRAMS, line
     command = [PROGRAMS[program], *in_small(arguments, stand_ins, tmp_path / str(i))]
-    environment = os.environ | {"PYTHON": sys.executable, "XLA_FLAGS": ""} | variables
+    environment = os.environ | {"PYTHON": sys.executable, "XLA_FLAGS": runs.QUICKLY_COMPILED} | variables
     assert subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0, line
