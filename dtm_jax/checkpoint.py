@@ -20,8 +20,8 @@ BEST_FOLDER = "best"  # with the highest score so far
 DAMAGED_FOLDER = "damaged"  # checkpoints that could not be read
 
 _POLL_SECONDS = 0.02
-# Orbax shares the writing of what devices hold alike among them, one slice each, and cuts slices one by one in Python,
-# with a compilation for each shape, while training waits. Worth it for arrays that take long to write.
+# What devices hold alike, orbax has each write a slice of. It cuts them one by one, with a compilation for each shape,
+# while training waits: not worth it for slices smaller than this (benchmarks/saves.py).
 _MIN_SLICE_BYTES = 2**20
 _CHECKSUM = "checksum"  # entry of a checkpoint's metadata
 _MOVE_AWAY = "; if it is damaged, move it away to go on from the one before"
