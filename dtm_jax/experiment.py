@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from dtm_jax import compile_cache, distributed, loop, metrics, sharding
 from dtm_jax import workdir as workdirs
-from dtm_jax.axes import TENSOR
+from dtm_jax.axes import FSDP, TENSOR
 from dtm_jax.checkpoint import BEST_FOLDER, CheckpointStore, saved_steps
 from dtm_jax.config import Config, DataConfig, to_json
 from dtm_jax.data.pipeline import BadImageMonitor, Batch, eval_batches, train_batches
@@ -74,7 +74,7 @@ def open_setup(
   mesh = sharding.create_mesh(config.mesh, devices)
   if config.model.attention == "cudnn" and mesh.devices.flat[0].platform != "gpu":
     raise InputError("config.model.attention='cudnn' needs a GPU; choose 'xla' or 'matmul'")
-  _check_heads(config, mesh)
+  _check_split(config, mesh)
   micro_batch = config.data.batch_size // config.optim.accumulate_steps
   sharding.check_batch_size(micro_batch, mesh, "config.data.batch_size / config.optim.accumulate_steps")
   train_source, eval_source = (open_source(config.data, split) for split in ("train", "eval"))
@@ -85,13 +85,20 @@ def open_setup(
   return Setup(config, mesh, train_source, eval_source, optimizer, schedule, warmup_steps, total_steps)
 
 
-def _check_heads(config: Config, mesh: Mesh) -> None:
-  """Warns of devices that share everything but the work."""
-  heads, tensor = VARIANTS[config.model.variant].heads, mesh.shape[TENSOR]
+def _check_split(config: Config, mesh: Mesh) -> None:
+  """Warns of devices that share less than the layout says."""
+  name, fsdp, tensor = config.model.variant, mesh.shape[FSDP], mesh.shape[TENSOR]
+  width, _, heads, _ = VARIANTS[name]
   if heads % tensor:
     logging.warning(
       "config.mesh.tensor=%d does not divide the %d heads of ViT-%s: every device computes the attention of all",
-      *(tensor, heads, config.model.variant),
+      *(tensor, heads, name),
+    )
+  if width % fsdp:
+    logging.warning(
+      "config.mesh.fsdp=%d does not divide the width of ViT-%s, %d: every device holds much of the state whole; choose"
+      " a divisor, and leave the rest to config.mesh.data",
+      *(fsdp, name, width),
     )
 
 

@@ -456,6 +456,13 @@ def test_attention_that_tensor_does_not_share_is_told(caplog, tensor, lines):
   assert len(told) == lines
 
 
+@pytest.mark.parametrize(("fsdp", "is_told"), [(8, False), (5, True)])
+def test_state_that_fsdp_does_not_split_is_told(caplog, fsdp, is_told):
+  experiment._check_split(config_lib.resolve(quickstart.get_config("smoke")), abstract_mesh(1, fsdp, 1))
+  message = f"config.mesh.fsdp={fsdp} does not divide the width of ViT-tiny, 96: every device holds much"
+  assert any(record.getMessage().startswith(message) for record in caplog.records) == is_told
+
+
 if __name__ == "__main__":
   for kind in ("student", "classifier", "clip_vision"):
     (GOLDEN / f"shardings_{kind}.txt").write_text(table(kind))

@@ -96,7 +96,8 @@ def test_the_other_process_ends_and_the_pair_goes_on(tmp_path, compile_cache, vi
   runs.finish(pair[victim])
   assert code not in (0, 143), stderr
   what = f"the other ends with {code}; the pair goes on"
-  assert "another process has ended or cannot be reached" in stderr or victim == 0  # whom jax asks for the others
+  jaxs = ["another task died"] if victim == 0 else []  # whom jax asks for the others
+  assert any(words in stderr for words in ["another process has ended or cannot be reached", *jaxs]), stderr
   newest = workdir / "checkpoints" / str(saved(workdir)[-1])
   shutil.rmtree(newest / "default")
   (code, stderr), (other, _) = (
