@@ -1,7 +1,9 @@
 """Saving and restoring the train state with orbax: asynchronous, atomic, and checked against what was saved."""
 
 import contextlib
+import os
 import pathlib
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -53,6 +55,13 @@ class _Noted(ocp.future.Future):
       return self._future.result(timeout)
 
 
+def _type_handlers() -> ocp.type_handlers.TypeHandlerRegistry:
+  """Orbax's, but for what is cut."""
+  own = {kind: ocp.type_handlers.get_type_handler(kind) for kind in ocp.type_handlers.supported_types()}
+  own[jax.Array] = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES)
+  return ocp.type_handlers.create_type_handler_registry(*own.items())
+
+
 @contextlib.contextmanager
 def _kept(errors: list[Exception]) -> Iterator[None]:
   """What is raised inside is added to the list on its way."""
@@ -69,11 +78,8 @@ def _noting(errors: list[Exception]) -> ocp.StandardCheckpointHandler:
   No class of its own, whose name would be written into checkpoints: others read them without this package.
   """
   handler = ocp.StandardCheckpointHandler()
-  arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES)
   # In public this option is one for all that a process saves, and orbax would warn of the change.
-  handler._impl = ocp.PyTreeCheckpointHandler(
-    type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-  )
+  handler._impl = ocp.PyTreeCheckpointHandler(type_handler_registry=_type_handlers())
   start, merge = handler.async_save, handler.finalize
 
   async def async_save(*args, **kwargs) -> list[ocp.future.Future]:
@@ -285,7 +291,9 @@ class CheckpointStore:
 
 
 def _brief(error: Exception) -> str:
-  """The ends of the first line: tensorstore has the name at its start and the system's reason at its end."""
+  """The system's reason, which tensorstore has somewhere in a long line; or the ends of the first line."""
+  if reason := re.search(r"\[os_error_code=\D*(\d+)", str(error)):
+    return os.strerror(int(reason[1]))
   line = str(error).partition("\n")[0]
   return line if len(line) < 200 else f"{line[:60]} ... {line[-120:]}"
 

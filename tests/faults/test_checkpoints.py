@@ -187,6 +187,13 @@ def test_only_large_arrays_are_cut_among_devices(tmp_path, monkeypatch):
   assert cut == [(8, 2**18)] * 8
 
 
+@pytest.mark.parametrize("end", ["", ' for {"driver":"zarr"}'])
+def test_the_systems_reason_is_told_wherever_it_stands(end):
+  text = f"Error writing \"{'x' * 300}\": Failed to write to file 11: No space [os_error_code='28'] [source]{end * 20}"
+  assert checkpoint._brief(ValueError(text)) == "No space left on device"
+  assert checkpoint._brief(ValueError("x" * 199 + "\n more")) == "x" * 199
+
+
 def test_checkpoints_name_the_classes_of_orbax(saved):
   """Others read them without this package."""
   metadata = json.loads((saved / "checkpoints/2/_CHECKPOINT_METADATA").read_text())
