@@ -287,7 +287,7 @@ def test_with_room_again_the_run_goes_on(disk, tmp_path, compile_cache, outcome)
 @pytest.mark.fault("disk full for one of two processes", "in a save in the background")
 @pytest.mark.parametrize("steps", [2000, pytest.param(20, marks=pytest.mark.long)], ids=["in_the_middle", "at_the_end"])
 def test_the_process_that_cannot_save_ends_the_pair(tmp_path, compile_cache, steps, outcome):
-  settings = {"run__steps": steps, "run__checkpoint_every_steps": 20}
+  settings = {"run__steps": steps, "run__checkpoint_every_steps": 20, "mesh__fsdp": 2}  # both have something to save
   pair = runs.start_pair(runs.options(tmp_path, **settings), compile_cache, prefixes=((), WITH_SMALL_FILES))
   _, stderr = pair[1].communicate(timeout=300)  # orbax's processes wait for each other for 1200 s
   assert pair[1].returncode == 2, stderr
