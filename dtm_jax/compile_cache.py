@@ -51,10 +51,10 @@ class _Cache(LRUCache):
     if self.eviction_enabled:  # jax counts what it keeps by name, and locks the folder meanwhile
       super().put(key, value)
       return
-    part, entry = (self.path / f"{name}-cache" for name in (f"{key}-{uuid.uuid4().hex}-part", key))
+    part = self.path / f"{key}-{uuid.uuid4().hex}.part"
     try:
       part.write_bytes(value)
-      part.replace(entry)
+      part.replace(self.path / f"{key}-cache")
     except BaseException:
       part.unlink(missing_ok=True)
       raise

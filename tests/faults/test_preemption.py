@@ -101,7 +101,7 @@ def test_an_evaluation_is_left_and_made_again(tmp_path, outcome):
   workdir, compiled, settings = tmp_path / "run", tmp_path / "compiled", {"run__steps": 1, "eval__knn": True}
   long = runs.options(workdir, **settings, eval__batch_size=1, eval__max_train_images=512)
   process = runs.start(long, compiled)
-  seconds, stderr = stop_when(lambda: [*compiled.glob("jit_features*")], process)
+  seconds, stderr = stop_when(lambda: [*compiled.glob("jit_features*-cache")], process)
   assert "stopped and saved at step 0" in stderr
   assert not (workdir / "metrics.jsonl").exists() or not runs.rows(workdir)
   code, stderr = runs.finish(runs.start(runs.options(workdir, **settings), compiled))
