@@ -55,9 +55,8 @@ class _Cache(LRUCache):
     try:
       part.write_bytes(value)
       part.replace(self.path / f"{key}-cache")
-    except BaseException:
+    finally:  # it is there no more, unless writing failed
       part.unlink(missing_ok=True)
-      raise
 
   def get(self, key: str) -> bytes | None:
     content = super().get(key)
