@@ -1,11 +1,12 @@
-"""How long a save holds training up on several devices, with the writing shared among them in two ways.
+"""How long a save holds training up on several devices: how writing is shared, and how the checksum is compiled.
 
   python benchmarks/saves.py [--page=vitb] [--devices=8] [--rounds=5] [--json=FILE]
 
 What all devices hold alike, orbax lets each write a slice of. `checkpoint.py` has only large arrays sliced: a save
 returns when the slices have left the devices, and small ones take longer to cut than to copy. Each way saves the same
-state by turns; the first save of each is told apart, for it compiles, and what both ways need is ready before. On CPUs
-the devices share the cores.
+state by turns; the first save of each is told apart, for it compiles, and what both ways need is ready before. The
+checksum of the state, which each save takes first, is a program for each shape of array; the other way is one program
+for all. On CPUs the devices share the cores.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import pathlib
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -24,6 +26,32 @@ from dtm_jax import config as config_lib
 from dtm_jax.checkpoint import CheckpointStore
 
 WAYS = {"each array sliced (orbax's default)": 0, "large arrays sliced (ours)": checkpoint._MIN_SLICE_BYTES}
+
+
+def checksum_by_shape(state: Any) -> None:
+  checkpoint._checksum(state)
+
+
+@jax.jit
+def _sums_of_words(state: Any) -> list[jax.Array]:
+  return [checkpoint._sum_of_words(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def checksum_at_once(state: Any) -> None:
+  jax.device_get(_sums_of_words(state))
+
+
+CHECKSUMS = {"one program for all arrays": checksum_at_once, "one for each shape (ours)": checksum_by_shape}
+
+
+def time_checksum(checksum: Callable[[Any], None], state: Any) -> tuple[float, float]:
+  """Seconds of the first one, which compiles, and of the next."""
+  jax.clear_caches()
+  start = time.perf_counter()
+  checksum(state)
+  first = time.perf_counter()
+  checksum(state)
+  return first - start, time.perf_counter() - first
 
 
 def new_state(page: str, devices: int) -> Any:
@@ -51,7 +79,7 @@ def save(state: Any, min_slice_bytes: int) -> tuple[float, float]:
 def first_save(state: Any, min_slice_bytes: int) -> tuple[float, float]:
   """The same with nothing compiled but the checksum, which both ways need."""
   jax.clear_caches()
-  jax.block_until_ready(checkpoint._checksum(state))
+  checkpoint._checksum(state)
   return save(state, min_slice_bytes)
 
 
@@ -67,11 +95,17 @@ def main() -> None:
   firsts = {name: first_save(state, size) for name, size in WAYS.items()}
   seconds = in_turns({name: lambda _, size=size: save(state, size) for name, size in WAYS.items()}, options.rounds)
   rows = [row(name, firsts[name], seconds[name], seconds[next(iter(WAYS))]) for name in WAYS]
+  runs = {name: lambda _, way=way: time_checksum(way, state) for name, way in CHECKSUMS.items()}
+  checksums = [
+    {"way": name, "first_seconds": statistics.median(first), "seconds": statistics.median(again)}
+    for name, times in in_turns(runs, options.rounds).items()
+    for first, again in [zip(*times, strict=True)]
+  ]
   columns = {"first, s": ("first_seconds", ".2f"), "returns, s": ("seconds", ".2f"), "ratio": ("ratio", ".2f")}
   report(rows, {"": ("way", "")} | columns | {"files there, s": ("until_there", ".2f")})
-  write_json(
-    options.json, {"devices": jax.device_count(), "rows": rows}, ("jax", "jaxlib", "orbax-checkpoint", "numpy")
-  )
+  report(checksums, {"checksum": ("way", ""), "first, s": ("first_seconds", ".2f"), "again, s": ("seconds", ".2f")})
+  results = {"devices": jax.device_count(), "rows": rows, "checksums": checksums}
+  write_json(options.json, results, ("jax", "jaxlib", "orbax-checkpoint", "numpy"))
 
 
 def row(name: str, first: tuple[float, float], times: list[tuple], reference: list[tuple]) -> dict[str, Any]:

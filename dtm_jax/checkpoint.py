@@ -139,7 +139,7 @@ class CheckpointStore:
       return
     self.wait()
     # By force: each process would ask its own view of the folder.
-    options = {"custom_metadata": {_CHECKSUM: int(_checksum(state))}, "force": True}
+    options = {"custom_metadata": {_CHECKSUM: _checksum(state)}, "force": True}
     self._checked(lambda: self._manager.save(step, args=ocp.args.StandardSave(state), **options))
     self._is_saving = True
 
@@ -229,7 +229,7 @@ class CheckpointStore:
   def _is_as_saved(self, step: int, state: TrainState) -> bool:
     """Compression tells of some damage only. Checkpoints that are older than the checksum have none."""
     saved = self._metadata(step).custom_metadata.get(_CHECKSUM)
-    return saved is None or saved == int(_checksum(state))
+    return saved is None or saved == _checksum(state)
 
   def _metadata(self, step: int) -> Any:
     found = self._manager.metadata(step)
@@ -308,16 +308,19 @@ def _key_name(key: Any) -> str:
   return str(next(getattr(key, field) for field in ("key", "name", "idx") if hasattr(key, field)))
 
 
-@jax.jit
-def _checksum(tree: Any) -> jax.Array:
-  """uint32 []: the sum of all words, each times an odd number of its place, so that no change of one is lost.
+def _checksum(tree: Any) -> int:
+  """32 bits: the sum of all words, each times an odd number of its place, so that no change of one is lost.
 
   Whole numbers add up to the same in any order, and so whatever the sharding.
   """
-  total = jnp.uint32(0)
-  for number, leaf in enumerate(jax.tree.leaves(tree)):
-    total += (2 * number + 1) * (_words(leaf) * (2 * _places(leaf.shape) + 1)).sum(dtype=jnp.uint32)
-  return total
+  # A program for each shape: one for all arrays would take several times as long to compile.
+  sums = jax.device_get([_sum_of_words(leaf) for leaf in jax.tree.leaves(tree)])
+  return sum((2 * number + 1) * int(words) for number, words in enumerate(sums)) % 2**32
+
+
+@jax.jit
+def _sum_of_words(leaf: jax.Array) -> jax.Array:
+  return (_words(leaf) * (2 * _places(leaf.shape) + 1)).sum(dtype=jnp.uint32)
 
 
 def _words(leaf: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 DAEMONS = ("munged", "slurmctld", "slurmd")
 # What JAX makes of a job's id: a port among these (jax._src.clusters.slurm_cluster).
 _FIRST_PORT, _NUM_PORTS = 65535 - 2**12 + 1, 2**12
+_GRACE_SECONDS = 120  # of a preempted job, as docs/launch.md asks for
 _NODE = "localhost"  # resolves everywhere: the processes meet at the node's name
 _CONFIG = """
 ClusterName=test
@@ -38,7 +39,10 @@ MinJobAge=86400
 FirstJobId={first_job}
 GresTypes=gpu
 NodeName={node} CPUs=4 Gres=gpu:2
-PartitionName=all Nodes={node} Default=YES MaxTime=INFINITE
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes={node} Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace_seconds}
+PartitionName=urgent Nodes={node} MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -88,18 +92,19 @@ class Cluster:
 
 @contextlib.contextmanager
 def started(folder: pathlib.Path) -> Iterator[Cluster]:
-  """A running cluster with two CPU-only tasks' room and, as far as Slurm knows, two GPUs; stopped at the end."""
+  """A running cluster with room for four CPU-only tasks and, as far as Slurm knows, two GPUs; stopped at the end.
+
+  Jobs of partition `urgent` preempt those of the other one.
+  """
   ports = [_free_port() for _ in range(2)]
   for name in ("state", "spool"):
     (folder / name).mkdir()
   (folder / "munge.key").write_bytes(os.urandom(128))
   (folder / "munge.key").chmod(0o600)
   (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
-  (folder / "slurm.conf").write_text(
-    _CONFIG.format(
-      folder=folder, node=_NODE, controller_port=ports[0], node_port=ports[1], first_job=_job_with_free_port()
-    )
-  )
+  values = {"folder": folder, "node": _NODE, "controller_port": ports[0], "node_port": ports[1]}
+  values |= {"first_job": _job_with_free_port(), "grace_seconds": _GRACE_SECONDS}
+  (folder / "slurm.conf").write_text(_CONFIG.format(**values))
   files = [f"--{kind}-file={folder}/munge.{kind}" for kind in ("key", "pid", "log", "seed")]
   cluster = Cluster(folder)
   with contextlib.ExitStack() as daemons:

@@ -4,6 +4,7 @@ import io
 import math
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -47,10 +48,10 @@ def submit(slurm, *arguments: str, script_options: tuple[str, ...] = ()) -> str:
   return slurm.submit(*script_options, str(LAUNCH / "slurm.sbatch"), *arguments, **settings)
 
 
-def submit_two(slurm, workdir: pathlib.Path) -> str:
+def submit_two(slurm, workdir: pathlib.Path, *script_options: str, steps: int = NUM_STEPS) -> str:
   """A job of two processes that saves nothing before its end, unless it is stopped."""
-  settings = {"run__steps": NUM_STEPS, "run__checkpoint_every_steps": 10 * NUM_STEPS}
-  return submit(slurm, *runs.options(workdir, **settings), script_options=("--ntasks=2",))
+  settings = {"run__steps": steps, "run__checkpoint_every_steps": 10 * steps}
+  return submit(slurm, *runs.options(workdir, **settings), script_options=("--ntasks=2", *script_options))
 
 
 def wait_until(slurm, job: str, condition) -> None:
@@ -68,22 +69,37 @@ def has_ended(slurm, job: str) -> bool:
 
 @pytest.mark.slow
 def test_a_preempted_job_saves_is_requeued_and_ends_as_if_nothing_had_been(slurm, tmp_path):
-  """A job of two processes is told to stop, while another one runs on the same node."""
+  """Slurm itself takes the node from a job of two processes for one that is more urgent."""
   workdir, undisturbed = tmp_path / "preempted", tmp_path / "undisturbed"
   job = submit_two(slurm, workdir)
   wait_until(slurm, job, lambda: (workdir / "metrics.jsonl").exists() and len(runs.rows(workdir)) >= 3)
-  slurm.run("scancel", "--signal=TERM", job)  # to the tasks, as preemption does before its grace time
-  other_job = submit_two(slurm, undisturbed)
+  urgent = submit_two(slurm, undisturbed, "--partition=urgent", "--exclusive")
   wait_until(slurm, job, lambda: slurm.job(job)["Restarts"] == "1" or has_ended(slurm, job))
   [saved] = runs.checkpoints(workdir)
   assert 3 <= saved < NUM_STEPS
-  for name in (job, other_job):
+  for name in (urgent, job):
     wait_until(slurm, name, lambda name=name: has_ended(slurm, name))
     assert slurm.job(name)["JobState"] == "COMPLETED", log(slurm, name)
   assert f"resuming at step {saved} of" in log(slurm, job)
   assert [row["step"] for row in runs.rows(workdir)] == [*range(1, NUM_STEPS + 1)]
   assert runs.rows(workdir) == runs.rows(undisturbed)
   assert runs.summary(workdir)["params_sha256"] == runs.summary(undisturbed)["params_sha256"]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_job_longer_than_its_time_limit_goes_on_in_several_attempts(slurm, tmp_path):
+  """Slurm counts in minutes, and gives notice two of them before the end: of three, one is left to work in."""
+  job = submit_two(slurm, tmp_path, "--time=3", steps=10**6)
+  wait_until(slurm, job, lambda: slurm.job(job)["Restarts"] == "2" or has_ended(slurm, job))
+  slurm.run("scancel", job)
+  begun, stopped = (
+    [int(step) for step in re.findall(rf"{words} at step (\d+)", log(slurm, job))]
+    for words in ("resuming", "stopped and saved")
+  )
+  assert 0 < stopped[0] < stopped[1], log(slurm, job)
+  assert begun[0] == stopped[0]
+  assert [row["step"] for row in runs.rows(tmp_path)] == [*range(1, stopped[-1] + 1)]
 
 
 @pytest.mark.slow

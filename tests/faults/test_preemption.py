@@ -134,6 +134,59 @@ def test_at_many_moments_a_run_loses_nothing(tmp_path, compile_cache, reference,
   outcome("143, saved, same params_sha256", max(seconds))
 
 
+# ------------------------------------------------------------ several processes
+
+
+def stop_pair_when(condition, pair, number: int = signal.SIGTERM) -> tuple[float, str]:
+  """A signal to the second of two processes: seconds until both have ended as they should, and what the first says."""
+  runs.wait_until(condition, pair[1])
+  start = time.monotonic()
+  pair[1].send_signal(number)
+  (code, stderr), (other, others) = map(runs.finish, pair)
+  assert (code, other) == (143, 143), stderr + others
+  assert "Traceback" not in stderr + others
+  return time.monotonic() - start, stderr
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.fault("SIGTERM to one of two processes", "in the first compile")
+def test_a_pair_ends_after_its_first_compile(tmp_path, outcome):
+  """No process knows whether the others have begun, and so each ends its compilation first."""
+  workdir, dumps = tmp_path / "run", tmp_path / "programs"
+  deep = runs.options(workdir, model__variant="S", run__steps=40)
+  pair = runs.start_pair(deep, tmp_path / "cache", prefixes=((), programs(dumps)))
+  seconds, stderr = stop_pair_when(lambda: any("train_step" in path.name for path in dumps.glob("*")), pair)
+  step = runs.checkpoints(workdir)[-1]
+  assert step < 40 and f"stopped and saved at step {step}" in stderr
+  outcome(f"143 both, saved at step {step}", seconds)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.fault("SIGTERM, SIGINT to one of two processes", "in a save")
+def test_a_pair_that_saves_loses_nothing(tmp_path, compile_cache, reference, outcome):
+  workdir, seconds, stopped_at = tmp_path / "run", [], []
+
+  def unfinished():
+    return [*(workdir / "checkpoints").glob("*.orbax-checkpoint-tmp")]
+
+  for number in (signal.SIGTERM, signal.SIGINT):
+    pair = runs.start_pair(runs.options(workdir, **LONG | {"run__checkpoint_every_steps": 2}), compile_cache)
+    past = num_rows(workdir) + 2
+    seconds.append(stop_pair_when(lambda past=past: num_rows(workdir) >= past and unfinished(), pair, number)[0])
+    stopped_at.append(runs.checkpoints(workdir)[-1])
+    assert stopped_at[-1] == num_rows(workdir)
+  for code, stderr in map(runs.finish, runs.start_pair(runs.options(workdir, **LONG), compile_cache)):
+    assert code == 0, stderr
+  assert 0 < stopped_at[0] < stopped_at[1] < LONG["run__steps"]
+  assert [row["step"] for row in runs.rows(workdir)] == [row["step"] for row in runs.rows(reference)]
+  outcome("143 both, saved, goes on", max(seconds))
+
+
+# ------------------------------------------------------------ data workers
+
+
 def children(pid: int):
   """Processes that a process has started."""
   for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
