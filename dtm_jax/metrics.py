@@ -1,9 +1,11 @@
 """What a run writes down while it goes: `metrics.jsonl` and TensorBoard."""
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dtm_jax import distributed
@@ -36,7 +38,9 @@ class MetricWriter:
     self.rows = distributed.from_first(lambda: read_rows(workdir))
     self._tensorboard = None
     if distributed.is_first():
-      from tensorboardX import SummaryWriter
+      # It imports PyTorch where there is one, which takes a second and 200 MB, for tensors that a run does not have.
+      with _as_if_missing("torch"):
+        from tensorboardX import SummaryWriter
 
       if self._path.exists():
         _cut_half_line(self._path)
@@ -106,6 +110,19 @@ def _read_row(path: pathlib.Path, number: int, line: str) -> dict[str, Any]:
     return json.loads(line)
   except ValueError as error:
     raise InputError(f"line {number} of {path} is damaged; remove it, or choose another --workdir") from error
+
+
+@contextlib.contextmanager
+def _as_if_missing(module: str) -> Iterator[None]:
+  """An import of this module fails inside, unless it has been imported already."""
+  if module in sys.modules:
+    yield
+    return
+  sys.modules[module] = None
+  try:
+    yield
+  finally:
+    del sys.modules[module]
 
 
 def _cut_half_line(path: pathlib.Path) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import numpy as np
-from scipy import interpolate, optimize
 
 from dtm_jax.convert import layouts
 from dtm_jax.errors import InputError
@@ -122,6 +121,8 @@ def _resize_axis(offsets: np.ndarray, axis: int, old: int, new: int) -> np.ndarr
     return offsets
   if old == 1:
     return np.repeat(offsets, 2 * new - 1, axis)
+  from scipy import interpolate  # half a second, which most runs have no use for
+
   positions = _positions(old, new)
   degree = min(3, len(positions) - 1)
   spline = interpolate.make_interp_spline(positions, offsets.astype(np.float64), k=degree, axis=axis)
@@ -134,6 +135,8 @@ def _positions(old: int, new: int) -> np.ndarray:
   if half == 1:
     distances = np.array([max(extent, 1)])  # a single distance has no ratio: it is stretched
   else:
+    from scipy import optimize
+
     powers = np.arange(half)
     # Up to an extent of 1 the near offsets alone count, and they are knots for any ratio.
     ratio = 1.0 if extent <= 1 else optimize.brentq(lambda q: (q**powers).sum() - extent, 0, extent)
