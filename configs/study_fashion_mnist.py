@@ -19,7 +19,7 @@ Scales:
   arms   49 tokens, all arms, the classifier of 2,000 images. 98 runs, about an hour
   seeds  token-wise and DTM of `arms`, six other seeds. 50 runs, 50 minutes beside other work
   long   49 tokens, the classifier of 2,000 images, ten passes instead of two thirds of one. 26 runs
-  hog    49 tokens, raw HOG and a student of it: teachers without labels. 86 runs, not run to their end yet
+  hog    49 tokens, raw HOG and a student of it: teachers without labels. 86 runs, 72 minutes beside other work
   noisy  49 tokens, raw HOG of images with sensor noise, which benchmarks/noisy_images.py makes. 48 runs, 25 minutes
   gpu    196 tokens, all arms and teachers, ViT-S in bfloat16. Not run
 

@@ -18,7 +18,7 @@ from dtm_jax.collectives import Collective
 from dtm_jax.command_line import Plan
 from dtm_jax.config import Config, DataConfig
 from dtm_jax.data.sources import Source, open_source
-from dtm_jax.errors import InputError
+from dtm_jax.errors import LESS_MEMORY, InputError
 from dtm_jax.models.clip import CLIP_B16, ClipVision
 from dtm_jax.models.layers import Constrain
 from dtm_jax.networks import create_student, init_params
@@ -26,10 +26,6 @@ from dtm_jax.restore import restore_tower
 from dtm_jax.roofline import Chip
 from dtm_jax.teachers import CheckpointTeacher, ClipTeacher, Teacher, create_teacher
 
-_LESS_MEMORY = (
-  "take more devices or a smaller config.data.batch_size, or set config.mesh.fsdp, optim.accumulate_steps or"
-  " model.remat=True"
-)
 _IMAGENET_IMAGES, _IMAGENET_CLASSES = 1_281_167, 1000
 # Nothing runs on these chips: no metadata server to ask for them, no log folder.
 _QUIET_LIBTPU = {
@@ -106,7 +102,7 @@ def run(config: Config, plan: Plan) -> None:
   print("\n".join(report(compiled, chip, plan.mfu)))
   if chip is not None and compiled.needed > chip.memory * 2**30:
     raise InputError(
-      f"does not fit: the step needs {_gib(compiled.needed)} of each device's {chip.memory:.4g} GiB; {_LESS_MEMORY}"
+      f"does not fit: the step needs {_gib(compiled.needed)} of each device's {chip.memory:.4g} GiB; {LESS_MEMORY}"
     )
 
 
@@ -177,7 +173,7 @@ def compile_step(config: Config, devices: list[jax.Device]) -> Compiled:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     reason = str(error).partition("RESOURCE_EXHAUSTED: ")[2].partition("\n")[0].split(". ")[:2]
-    raise InputError(f"does not fit: {'. '.join(reason).strip(' .')}; {_LESS_MEMORY}") from error
+    raise InputError(f"does not fit: {'. '.join(reason).strip(' .')}; {LESS_MEMORY}") from error
   memory, cost = program.memory_analysis(), program.cost_analysis() or {}
   return Compiled(
     parts,

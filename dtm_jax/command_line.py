@@ -48,7 +48,7 @@ def parse(argv: list[str]) -> Command:
     argv: the program, then its arguments.
 
   Raises:
-    InputError: see `parse_config`; or options of `--compile_only` without it.
+    InputError: see `parse_config`; options of `--compile_only` without it; a work folder that is an address.
   """
   values = flags.FlagValues()
   workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
@@ -62,7 +62,10 @@ def parse(argv: list[str]) -> Command:
   if given and not compile_only.value:
     raise InputError(f"--{given[0]} is for --compile_only, which trains nothing; give both, or neither")
   plan = Plan(topology.value, chip.value, mfu.value) if compile_only.value else None
-  return Command(config, pathlib.Path(workdir.value or f"runs/{name}"), plan)
+  place = workdir.value or f"runs/{name}"
+  if "://" in place:
+    raise InputError(f"--workdir={place} is no folder; mount the bucket (Cloud Storage FUSE, Mountpoint) and give that")
+  return Command(config, pathlib.Path(place), plan)
 
 
 def parse_config(argv: list[str]) -> ConfigDict:

@@ -135,7 +135,7 @@ class DataConfig:
   eval_split: str = "validation"
   batch_size: int = 2048  # global, per optimiser step
   image_size: int = 224  # pixels, square
-  num_workers: int = 8  # processes; 0 decodes in threads of this one
+  num_workers: int = 8  # of each process, processes of their own; 0 decodes in threads of this one
   crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the random crop over the image's
   crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height
   flip: float = 0.5  # probability

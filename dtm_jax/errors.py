@@ -2,6 +2,10 @@
 
 from collections.abc import Iterable
 
+LESS_MEMORY = (
+  "take more devices or a smaller config.data.batch_size (of an evaluation, config.eval.batch_size), or set"
+  " config.mesh.fsdp, optim.accumulate_steps or model.remat=True"
+)
 _SHOWN_NAMES = 3
 
 

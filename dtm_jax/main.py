@@ -13,8 +13,9 @@ exit code is 2 where it does not fit.
 Several processes train as one where the environment says so: Slurm, a TPU pod, Open MPI, an indexed Kubernetes job, or
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, as `launch/local.sh N ARGS...` sets them.
 
-Exit codes: 0 done; 1 another process has failed; 2 wrong usage, config or data; 3 loss not finite; 143 stopped by a
-signal after saving.
+Exit codes: 0 done; 1 another process has failed, or an error of the program itself, with its traceback; 2 wrong usage,
+config or data, or devices without enough memory; 3 loss not finite; 143 stopped by a signal, what there was to save
+saved.
 """
 
 import pathlib
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
     if plan is not None:
       return _compile(config, plan)
     return _run(config, workdir, shlex.join([sys.executable, "-m", "dtm_jax.main", *argv[1:]]))
-  except (InputError, OSError) as error:
+  except (InputError, OSError, RuntimeError) as error:
     code = console.tell(error)
     if code is None:
       raise

@@ -85,6 +85,7 @@ if compgen -G "$data/imagenet2012/[0-9]*" > /dev/null; then
 fi
 
 check_archives
+"$python" -c 'import dtm_jax' 2> /dev/null || fail "$python has no dtm_jax; activate the environment, or set PYTHON"
 mkdir -p "$data"
 check_space
 unpack_train

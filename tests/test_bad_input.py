@@ -18,7 +18,7 @@ import safetensors.numpy
 from PIL import Image
 
 import runs
-from dtm_jax import console, main, metrics, restore
+from dtm_jax import console, main, metrics, pretraining, restore
 from dtm_jax.config import from_json
 from dtm_jax.convert.state_dict import read_state_dict
 from dtm_jax.data.pipeline import train_batches
@@ -288,6 +288,10 @@ def two_steps(finished_run, tmp_path):
   return workdir, check
 
 
+def test_a_bucket_as_work_folder(fails):
+  assert fails("--workdir=gs://bucket/run").startswith("--workdir=gs://bucket/run is no folder; mount the bucket")
+
+
 def test_a_file_in_the_way(fails, tmp_path):
   (tmp_path / "file").write_text("")
   message = fails(workdir=tmp_path / "file" / "run")
@@ -379,6 +383,14 @@ def test_disk_full_while_saving(two_steps, compile_cache):
   jax.tree.map(np.testing.assert_array_equal, before, after)
   assert main.main(["dtm", *runs.options(workdir)]) == 0
   assert runs.checkpoints(workdir) == [1, 2]
+
+
+def test_devices_without_enough_memory(fails, monkeypatch):
+  """The error is jax's own: no device has a petabyte."""
+  monkeypatch.setattr(pretraining, "run", lambda *_: jax.device_put(jax.numpy.zeros(2**50, np.uint8)))
+  message = fails()
+  assert message.startswith("devices are out of memory (RESOURCE_EXHAUSTED")
+  assert "1125899906842624 bytes" in message and "a smaller config.data.batch_size" in message
 
 
 def test_disk_full_while_logging(fails, monkeypatch, tmp_path):

@@ -417,6 +417,13 @@ def spoil(train: pathlib.Path, validation: pathlib.Path, how: str) -> None:
       os.truncate(train, 10**13)
 
 
+def test_python_is_looked_at_before_hours_of_unpacking(tmp_path):
+  write_archives(tmp_path)
+  result = run_script("prepare_imagenet.sh", tmp_path, tmp_path / "data", PYTHON="nonesuch")
+  assert result.returncode == 2
+  assert result.stderr == "error: nonesuch has no dtm_jax; activate the environment, or set PYTHON\n"
+
+
 @pytest.mark.parametrize(
   ("how", "message"),
   [
