@@ -5,8 +5,8 @@
 What all devices hold alike, orbax lets each write a slice of. `checkpoint.py` has only large arrays sliced: a save
 returns when the slices have left the devices, and small ones take longer to cut than to copy. Each way saves the same
 state by turns; the first save of each is told apart, for it compiles, and what both ways need is ready before. The
-checksum of the state, which each save takes first, is a program for each shape of array; the other way is one program
-for all. On CPUs the devices share the cores.
+checksum of the state, which each save takes first, is a program for each kind of array (shape, type and sharding); the
+other way is one program for all. On CPUs the devices share the cores.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 from common import argument_parser, in_turns, median_ratio, quartiles, report, run_options, warn_if_busy, write_json
 
 from dtm_jax import checkpoint, command_line, pretraining
@@ -28,29 +29,27 @@ from dtm_jax.checkpoint import CheckpointStore
 WAYS = {"each array sliced (orbax's default)": 0, "large arrays sliced (ours)": checkpoint._MIN_SLICE_BYTES}
 
 
-def checksum_by_shape(state: Any) -> None:
-  checkpoint._checksum(state)
-
-
 @jax.jit
-def _sums_of_words(state: Any) -> list[jax.Array]:
-  return [checkpoint._sum_of_words(leaf) for leaf in jax.tree.leaves(state)]
+def checksum_at_once(state: Any) -> jax.Array:
+  """The same number as `checkpoint._checksum`, in one program."""
+  total = jnp.uint32(0)
+  for number, leaf in enumerate(jax.tree.leaves(state)):
+    weighted = checkpoint._words(leaf) * (2 * checkpoint._places(leaf.shape) + 1)
+    total += (2 * number + 1) * weighted.sum(dtype=jnp.uint32)
+  return total
 
 
-def checksum_at_once(state: Any) -> None:
-  jax.device_get(_sums_of_words(state))
+CHECKSUMS = {"one program for all arrays": checksum_at_once, "one for each kind (ours)": checkpoint._checksum}
 
 
-CHECKSUMS = {"one program for all arrays": checksum_at_once, "one for each shape (ours)": checksum_by_shape}
-
-
-def time_checksum(checksum: Callable[[Any], None], state: Any) -> tuple[float, float]:
+def time_checksum(checksum: Callable[[Any], Any], state: Any, expected: int) -> tuple[float, float]:
   """Seconds of the first one, which compiles, and of the next."""
   jax.clear_caches()
   start = time.perf_counter()
-  checksum(state)
+  found = int(checksum(state))
   first = time.perf_counter()
-  checksum(state)
+  if {found, int(checksum(state))} != {expected}:
+    raise SystemExit("the ways of computing the checksum differ")
   return first - start, time.perf_counter() - first
 
 
@@ -95,7 +94,8 @@ def main() -> None:
   firsts = {name: first_save(state, size) for name, size in WAYS.items()}
   seconds = in_turns({name: lambda _, size=size: save(state, size) for name, size in WAYS.items()}, options.rounds)
   rows = [row(name, firsts[name], seconds[name], seconds[next(iter(WAYS))]) for name in WAYS]
-  runs = {name: lambda _, way=way: time_checksum(way, state) for name, way in CHECKSUMS.items()}
+  expected = checkpoint._checksum(state)
+  runs = {name: lambda _, way=way: time_checksum(way, state, expected) for name, way in CHECKSUMS.items()}
   checksums = [
     {"way": name, "first_seconds": statistics.median(first), "seconds": statistics.median(again)}
     for name, times in in_turns(runs, options.rounds).items()

@@ -3,7 +3,7 @@
   python benchmarks/shipped_runs.py [--fashion_mnist=DATA] [--only RUN ...] [--json=FILE]
 
 The quickstart, its evaluation, its fine-tuning, the same from scratch and, where the folder of the prepared data set is
-given, Fashion-MNIST from scratch. One run of each, one after the other, each a process of its own with nothing
+given, Fashion-MNIST from scratch, as it is and with more tokens and passes. One run of each, one after the other, each a process of its own with nothing
 compiled before; seconds are from the command to its end.
 """
 
@@ -32,7 +32,9 @@ def plan(folder: pathlib.Path, fashion_mnist: pathlib.Path | None) -> dict[str, 
     "finetune_quickstart, from scratch": ["--config.finetune.init="],
   }
   if fashion_mnist is not None:
-    runs["finetune_fashion_mnist"] = [f"--config.data.path={fashion_mnist}"]
+    data = f"--config.data.path={fashion_mnist}"
+    longer = ["--config.model.patch_size=4", "--config.run.epochs=20"]
+    runs |= {"finetune_fashion_mnist": [data], "finetune_fashion_mnist, 49 tokens": [data, *longer]}
   return runs
 
 

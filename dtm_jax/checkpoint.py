@@ -313,13 +313,14 @@ def _checksum(tree: Any) -> int:
 
   Whole numbers add up to the same in any order, and so whatever the sharding.
   """
-  # A program for each shape: one for all arrays would take several times as long to compile.
-  sums = jax.device_get([_sum_of_words(leaf) for leaf in jax.tree.leaves(tree)])
-  return sum((2 * number + 1) * int(words) for number, words in enumerate(sums)) % 2**32
+  # A program for each kind of array: one for all takes longer to compile (benchmarks/saves.py).
+  sums = jax.device_get([_weighted_sum(leaf) for leaf in jax.tree.leaves(tree)])
+  return sum((2 * number + 1) * int(total) for number, total in enumerate(sums)) % 2**32
 
 
 @jax.jit
-def _sum_of_words(leaf: jax.Array) -> jax.Array:
+def _weighted_sum(leaf: jax.Array) -> jax.Array:
+  """uint32 []: of one array, its place among the others not yet counted."""
   return (_words(leaf) * (2 * _places(leaf.shape) + 1)).sum(dtype=jnp.uint32)
 
 

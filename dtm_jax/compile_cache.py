@@ -17,6 +17,7 @@ from absl import logging
 from jax._src import compilation_cache
 from jax._src.lru_cache import LRUCache
 
+_SHORTEST = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 _HIT = "/jax/compilation_cache/cache_hits"
 
 
@@ -27,6 +28,9 @@ def enable() -> None:
   a warning: the run compiles as it would without.
   """
   compilation_cache.LRUCache = _Cache
+  if _SHORTEST not in os.environ:
+    # jax keeps what takes a second to compile; together the small programs of a run take as long as the step's.
+    jax.config.update(_SHORTEST.lower(), 0.0)
   if jax.config.jax_compilation_cache_dir is not None:
     return
   try:

@@ -150,10 +150,7 @@ class Runner:
   def _start(self, cell: Cell, slot: Slot) -> _Running:
     workdir = self.folder / cell.name
     workdirs.create(workdir)
-    cache = {
-      "JAX_COMPILATION_CACHE_DIR": str(self.folder / COMPILED),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(self.folder / COMPILED)}
     (workdir / DONE_FILE).unlink(missing_ok=True)
     with (workdir / LOG_FILE).open("a") as log, _confined_to(slot.cores):
       process = subprocess.Popen(

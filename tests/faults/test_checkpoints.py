@@ -12,6 +12,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -137,8 +138,11 @@ def test_the_checksum_is_the_same_whatever_the_sharding(devices):
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("x",))
   values = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
   sharded = jax.device_put(values, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x")))
-  words = values.view(np.uint32).ravel() * (2 * np.arange(48, dtype=np.uint32) + 1)
-  assert checkpoint._checksum({"a": sharded}) == int(words.sum(dtype=np.uint32))
+  half = np.arange(5, dtype=ml_dtypes.bfloat16)
+  words = [values.view(np.uint32).ravel(), half.view(np.uint16), np.array([7])]
+  sums = [sum((2 * place + 1) * int(word) for place, word in enumerate(leaf)) for leaf in words]
+  expected = sum((2 * number + 1) * total for number, total in enumerate(sums)) % 2**32
+  assert checkpoint._checksum({"a": sharded, "b": half, "c": jnp.int32(7)}) == expected
 
 
 @pytest.mark.slow

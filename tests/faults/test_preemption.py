@@ -152,36 +152,44 @@ def stop_pair_when(condition, pair, number: int = signal.SIGTERM) -> tuple[float
 @pytest.mark.long
 @pytest.mark.fault("SIGTERM to one of two processes", "in the first compile")
 def test_a_pair_ends_after_its_first_compile(tmp_path, outcome):
-  """No process knows whether the others have begun, and so each ends its compilation first."""
+  """No process knows whether the others have begun, and so each ends its compilation first, if that takes no 45 s."""
   workdir, dumps = tmp_path / "run", tmp_path / "programs"
   deep = runs.options(workdir, model__variant="S", run__steps=40)
   pair = runs.start_pair(deep, tmp_path / "cache", prefixes=((), programs(dumps)))
   seconds, stderr = stop_pair_when(lambda: any("train_step" in path.name for path in dumps.glob("*")), pair)
-  step = runs.checkpoints(workdir)[-1]
-  assert step < 40 and f"stopped and saved at step {step}" in stderr
-  outcome(f"143 both, saved at step {step}", seconds)
+  saved = runs.checkpoints(workdir)
+  if "could not save for 45 s" not in stderr:
+    assert saved in ([0], [1], [2]), stderr
+    assert f"stopped and saved at step {saved[0]}" in stderr
+  outcome(f"143 both, saved: {saved}", seconds)
 
 
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.fault("SIGTERM, SIGINT to one of two processes", "in a save")
-def test_a_pair_that_saves_loses_nothing(tmp_path, compile_cache, reference, outcome):
-  workdir, seconds, stopped_at = tmp_path / "run", [], []
+def test_a_pair_that_saves_loses_nothing(tmp_path, compile_cache, outcome):
+  """Processes hear of each other's signals within a second, in which there are many steps."""
+  undisturbed, workdir, seconds = tmp_path / "undisturbed", tmp_path / "run", []
+
+  def start(folder: pathlib.Path, **settings):
+    return runs.start_pair(runs.options(folder, **LONG | {"run__steps": 300} | settings), compile_cache)
 
   def unfinished():
     return [*(workdir / "checkpoints").glob("*.orbax-checkpoint-tmp")]
 
   for number in (signal.SIGTERM, signal.SIGINT):
-    pair = runs.start_pair(runs.options(workdir, **LONG | {"run__checkpoint_every_steps": 2}), compile_cache)
-    past = num_rows(workdir) + 2
+    pair, past = start(workdir, run__checkpoint_every_steps=2), num_rows(workdir) + 2
     seconds.append(stop_pair_when(lambda past=past: num_rows(workdir) >= past and unfinished(), pair, number)[0])
-    stopped_at.append(runs.checkpoints(workdir)[-1])
-    assert stopped_at[-1] == num_rows(workdir)
-  for code, stderr in map(runs.finish, runs.start_pair(runs.options(workdir, **LONG), compile_cache)):
-    assert code == 0, stderr
-  assert 0 < stopped_at[0] < stopped_at[1] < LONG["run__steps"]
-  assert [row["step"] for row in runs.rows(workdir)] == [row["step"] for row in runs.rows(reference)]
-  outcome("143 both, saved, goes on", max(seconds))
+    stopped_at = runs.checkpoints(workdir)[-1]
+    assert stopped_at == num_rows(workdir)
+  (code, stderr), (other, others) = map(runs.finish, start(workdir))
+  assert (code, other) == (0, 0), stderr + others
+  assert f"resuming at step {stopped_at} of 300" in stderr
+  for process in start(undisturbed):
+    runs.finish(process)
+  assert runs.rows(workdir) == runs.rows(undisturbed)
+  assert runs.summary(workdir)["params_sha256"] == runs.summary(undisturbed)["params_sha256"]
+  outcome("143 both, saved, same params_sha256", max(seconds))
 
 
 # ------------------------------------------------------------ data workers
