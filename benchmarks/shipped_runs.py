@@ -3,8 +3,8 @@
   python benchmarks/shipped_runs.py [--fashion_mnist=DATA] [--only RUN ...] [--json=FILE]
 
 The quickstart, its evaluation, its fine-tuning, the same from scratch and, where the folder of the prepared data set is
-given, Fashion-MNIST from scratch, as it is and with more tokens and passes. One run of each, one after the other, each a process of its own with nothing
-compiled before; seconds are from the command to its end.
+given, Fashion-MNIST from scratch, as it is and with more tokens and passes. One run of each, one after the other, each
+a process of its own with nothing compiled before; seconds are from the command to its end.
 """
 
 import argparse
