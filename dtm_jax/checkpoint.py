@@ -313,7 +313,7 @@ def _checksum(tree: Any) -> int:
 
   Whole numbers add up to the same in any order, and so whatever the sharding.
   """
-  # A program for each kind of array: one for all takes longer to compile (benchmarks/saves.py).
+  # A program for each kind of array: one for all takes several times as long (benchmarks/saves.py).
   sums = jax.device_get([_weighted_sum(leaf) for leaf in jax.tree.leaves(tree)])
   return sum((2 * number + 1) * int(total) for number, total in enumerate(sums)) % 2**32
 
