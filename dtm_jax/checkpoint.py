@@ -313,9 +313,9 @@ def _checksum(tree: Any) -> int:
 
   Whole numbers add up to the same in any order, and so whatever the sharding.
   """
-  # A program for each kind of array: one for all takes several times as long (benchmarks/saves.py).
-  sums = jax.device_get([_weighted_sum(leaf) for leaf in jax.tree.leaves(tree)])
-  return sum((2 * number + 1) * int(total) for number, total in enumerate(sums)) % 2**32
+  # A program for each kind of array: one for all takes several times as long (benchmarks/saves.py). Each is waited for:
+  # on CPUs, sums over devices that are under way together can starve each other of threads.
+  return sum((2 * number + 1) * int(_weighted_sum(leaf)) for number, leaf in enumerate(jax.tree.leaves(tree))) % 2**32
 
 
 @jax.jit
