@@ -543,7 +543,7 @@ def code_after(marker: str) -> str:
 @pytest.fixture
 def in_a_users_folder(finetuned, files, tmp_path, monkeypatch):
   (tmp_path / "runs").mkdir()
-  for name in ("quickstart", "finetune"):
+  for name in ("quickstart", "finetune_quickstart"):
     (tmp_path / "runs" / name).symlink_to(finetuned)
   (tmp_path / "cat.jpg").symlink_to(files[0])
   (tmp_path / "dog.png").symlink_to(files[3])
