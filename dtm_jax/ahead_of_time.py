@@ -18,7 +18,7 @@ from dtm_jax.collectives import Collective
 from dtm_jax.command_line import Plan
 from dtm_jax.config import Config, DataConfig
 from dtm_jax.data.sources import Source, open_source
-from dtm_jax.errors import LESS_MEMORY, InputError
+from dtm_jax.errors import LESS_MEMORY, OUT_OF_MEMORY, InputError
 from dtm_jax.models.clip import CLIP_B16, ClipVision
 from dtm_jax.models.layers import Constrain
 from dtm_jax.networks import create_student, init_params
@@ -170,9 +170,9 @@ def compile_step(config: Config, devices: list[jax.Device]) -> Compiled:
     with compile_cache.disabled():  # a program that is read from it does not tell all of itself
       program = parts.jitted_step.lower(*arguments).compile()
   except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    if OUT_OF_MEMORY not in str(error):
       raise
-    reason = str(error).partition("RESOURCE_EXHAUSTED: ")[2].partition("\n")[0].split(". ")[:2]
+    reason = str(error).partition(f"{OUT_OF_MEMORY}: ")[2].partition("\n")[0].split(". ")[:2]
     raise InputError(f"does not fit: {'. '.join(reason).strip(' .')}; {LESS_MEMORY}") from error
   memory, cost = program.memory_analysis(), program.cost_analysis() or {}
   return Compiled(

@@ -29,7 +29,7 @@ def enable() -> None:
   """
   compilation_cache.LRUCache = _Cache
   if _SHORTEST not in os.environ:
-    # jax keeps what takes a second to compile; together the small programs of a run take as long as the step's.
+    # jax keeps what takes a second to compile; a run has some twenty programs that take less.
     jax.config.update(_SHORTEST.lower(), 0.0)
   if jax.config.jax_compilation_cache_dir is not None:
     return

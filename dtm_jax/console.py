@@ -10,12 +10,11 @@ from collections.abc import Callable
 import tqdm
 from absl import logging
 
-from dtm_jax.errors import LESS_MEMORY, InputError
+from dtm_jax.errors import LESS_MEMORY, OUT_OF_MEMORY, InputError
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_SIGNAL = 1, 2, 130, 143
 _PACKAGE = str(pathlib.Path(__file__).parent)
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in the message of jax's error
 
 _speaker, _is_silent = "", False  # which of several processes this is, and whether it has a bar
 
@@ -85,7 +84,7 @@ def tell(error: Exception) -> int | None:
     return fail(error, EXIT_INPUT)
   if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
     return fail(f"{error}; make room or get permission, then run the same command: it goes on", EXIT_INPUT)
-  if isinstance(error, RuntimeError) and _OUT_OF_MEMORY in str(error):
+  if isinstance(error, RuntimeError) and OUT_OF_MEMORY in str(error):
     reason = str(error).partition("\n")[0]
     return fail(f"devices are out of memory ({reason}); {LESS_MEMORY}", EXIT_INPUT)
   return None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in the message of jax's error
 LESS_MEMORY = (
   "take more devices or a smaller config.data.batch_size (of an evaluation, config.eval.batch_size), or set"
   " config.mesh.fsdp, optim.accumulate_steps or model.remat=True"
