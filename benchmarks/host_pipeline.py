@@ -84,8 +84,8 @@ def ours(jpeg: bytes, rng: np.random.Generator, config: DataConfig) -> np.ndarra
   """What the pipeline does for each image, but for the mask."""
   policy = parse_rand_augment(config.rand_augment)
   distort = policy and functools.partial(rand_augment.rand_augment, rng=rng, policy=policy, fill=GREY)
-  shape = {"size": SIZE, "crop_scale": config.crop_scale, "crop_ratio": config.crop_ratio}
-  return transforms.train_image(jpeg, rng, **shape, flip=config.flip, distort=distort)
+  crop = transforms.train_crop(config)
+  return transforms.train_image(jpeg, rng, size=SIZE, crop=crop, flip=config.flip, distort=distort)
 
 
 def load_all(load: Callable[..., np.ndarray], jpegs: list[bytes], config: DataConfig, seed: int) -> None:

@@ -22,6 +22,7 @@ from dtm_jax.errors import InputError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+TRAIN_CROPS = ("resized", "square")
 TASKS = ("pretrain", "finetune", "evaluate")
 OF_CHECKPOINT = "checkpoint"  # as a source: the data that the evaluated run was trained on
 SOURCES = ("digits", "tfds", "folder", "synthetic", OF_CHECKPOINT)
@@ -136,7 +137,8 @@ class DataConfig:
   batch_size: int = 2048  # global, per optimiser step
   image_size: int = 224  # pixels, square
   num_workers: int = 8  # of each process, processes of their own; 0 decodes in threads of this one
-  crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the random crop over the image's
+  train_crop: str = "resized"  # "square" is evaluation's square, but anywhere: resized to 256, cropped to 224
+  crop_scale: tuple[float, float] = (0.2, 1.0)  # of a "resized" crop: its area over the image's
   crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height
   flip: float = 0.5  # probability
   color_jitter: float = 0.4  # brightness, contrast and saturation; 0 turns it off
@@ -152,6 +154,7 @@ class DataConfig:
 
   def __post_init__(self):
     _require_choice("data.source", self.source, SOURCES)
+    _require_choice("data.train_crop", self.train_crop, TRAIN_CROPS)
     _require_choice("data.color_jitter_on", self.color_jitter_on, ("device", "host"))
     _require(
       self.source != "folder" or bool(self.path),

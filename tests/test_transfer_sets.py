@@ -117,23 +117,30 @@ def test_a_label_that_is_no_class_is_told(tmp_path):
     parts.place(next(batches))
 
 
+FINE_GRAINED = ("cub200", "cars", "dogs", "flowers", "pets")
 PUBLISHED = {  # batch size, learning rate, epochs: see the config's sources
   "inat2018": (768, 7.5e-5, 360),
   "cifar10": (768, 7.5e-6, 1000),
   "cifar100": (768, 5e-6, 1000),
-}
+} | dict.fromkeys(FINE_GRAINED, (384, 5e-4 / 256 * 384, 100))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_recipes(name):
   config = config_lib.resolve(transfer.get_config(name))
   batch_size, rate, epochs = PUBLISHED[name]
-  assert (config.data.batch_size, config.peak_lr, config.run.epochs) == (batch_size, rate, epochs)
-  assert (config.optim.weight_decay, config.optim.warmup_epochs, config.optim.layer_decay) == (0.05, 5, 1)
+  assert (config.data.batch_size, config.run.epochs) == (batch_size, epochs)
+  assert config.peak_lr == pytest.approx(rate)
+  assert (config.optim.warmup_epochs, config.optim.layer_decay, config.optim.betas) == (5, 1, (0.9, 0.999))
   assert config.optim.min_lr < rate
-  changes = config.finetune
-  assert (changes.mixup, changes.cutmix, changes.label_smoothing) == (0.8, 1.0, 0.1)
-  assert (config.data.rand_augment, config.model.drop_path) == ("m9-mstd0.5-inc1", 0.1)
+  decay, mixing, changes, drop_path = (
+    (1e-3, (0, 0, 0), ("square", ""), 0)
+    if name in FINE_GRAINED
+    else (0.05, (0.8, 1.0, 0.1), ("resized", "m9-mstd0.5-inc1"), 0.1)
+  )
+  assert (config.optim.weight_decay, config.model.drop_path) == (decay, drop_path)
+  assert (config.finetune.mixup, config.finetune.cutmix, config.finetune.label_smoothing) == mixing
+  assert (config.data.train_crop, config.data.rand_augment) == changes
 
 
 @pytest.mark.parametrize("form", ["", "smoke", "cub", "cub200 smoke"])

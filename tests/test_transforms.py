@@ -8,10 +8,14 @@ from PIL import Image, ImageChops
 from scipy import stats
 from sklearn import datasets
 
-from dtm_jax.data import transforms
+from dtm_jax.axes import Stream
+from dtm_jax.config import Config, DataConfig
+from dtm_jax.data import pipeline, transforms
+from dtm_jax.data.sources import Example
 
 RATIO = (3 / 4, 4 / 3)
-CROP = {"crop_scale": (0.2, 1.0), "crop_ratio": RATIO, "flip": 0.0}
+RESIZED = transforms.train_crop(DataConfig(crop_scale=(0.2, 1.0), crop_ratio=RATIO))
+CROP = {"crop": RESIZED, "flip": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +76,31 @@ def test_crop_of_an_image_that_no_try_fits(size, box):
   assert transforms.random_crop_box(np.random.default_rng(0), size, (4.0, 4.0), RATIO) == box
 
 
+def test_square_crops_are_anywhere():
+  rng = np.random.default_rng(3)
+  draw = transforms.train_crop(DataConfig(train_crop="square", eval_crop=0.875))
+  left, top, right, bottom = np.array([draw(rng, (400, 200)) for _ in range(2000)]).T
+  np.testing.assert_allclose(right - left, 175)
+  np.testing.assert_allclose(bottom - top, 175)
+  for values in (left / (400 - 175), top / (200 - 175)):
+    assert stats.kstest(values, "uniform").pvalue > 0.01  # measured 0.16, 0.70
+
+
+@pytest.mark.parametrize("train_crop", ["resized", "square"])
+def test_the_pipeline_takes_its_crops(photograph, train_crop):
+  example = Example(encode(photograph), 0)
+  data = DataConfig(train_crop=train_crop, image_size=32, num_masked=0, flip=0.0, color_jitter=0.0)
+  config = Config(task="finetune", data=data)
+  row = pipeline._TrainRow(config, [example])(5, 0)
+  rng = pipeline._row_rng(config, Stream.AUGMENT, 5)
+  expected = transforms.train_image(example.image, rng, size=32, crop=transforms.train_crop(data), flip=0.0)
+  np.testing.assert_array_equal(row["image"], expected)
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_train_image_is_the_bicubic_resize_of_the_crop(photograph, kind):
   data = encode(photograph, kind)
-  box = transforms.random_crop_box(np.random.default_rng(5), photograph.size, CROP["crop_scale"], RATIO)
+  box = RESIZED(np.random.default_rng(5), photograph.size)
   pixels = transforms.train_image(data, np.random.default_rng(5), size=224, **CROP)
   assert pixels.dtype == np.uint8
   assert pixels.shape == (224, 224, 3)
@@ -88,7 +113,7 @@ def test_scaled_decoding_stays_close_to_full_decoding(photograph):
   data = encode(photograph.resize((1280, 854)), "JPEG", quality=90)
   differences = []
   for seed in range(10):
-    box = transforms.random_crop_box(np.random.default_rng(seed), (1280, 854), CROP["crop_scale"], RATIO)
+    box = RESIZED(np.random.default_rng(seed), (1280, 854))
     reference = np.asarray(Image.open(io.BytesIO(data)).crop(box).resize((128, 128), Image.Resampling.BICUBIC))
     pixels = transforms.train_image(data, np.random.default_rng(seed), size=128, **CROP)
     differences.append(mean_difference(pixels, reference))

@@ -162,6 +162,7 @@ class _TrainRow:
 
   def __init__(self, config: Config, source: Source):
     self._config, self._source = config, source
+    self._crop = transforms.train_crop(config.data)
     self._policy = parse_rand_augment(config.data.rand_augment)
     self._mean_color = tuple(round(255 * mean) for mean in config.data.mean)
 
@@ -204,8 +205,7 @@ class _TrainRow:
       example.image,
       _row_rng(self._config, Stream.AUGMENT, position),
       size=data.image_size,
-      crop_scale=data.crop_scale,
-      crop_ratio=data.crop_ratio,
+      crop=self._crop,
       flip=data.flip,
       jitter=jitter,
       jitter_rng=_row_rng(self._config, Stream.COLOR_JITTER, position) if jitter else None,

@@ -1,5 +1,6 @@
 """Encoded bytes -> uint8 RGB crops, with as little work per pixel as possible; and pixels -> bytes."""
 
+import functools
 import io
 import math
 import struct
@@ -17,6 +18,7 @@ except ImportError:  # no wheel for this machine: Pillow has the same filter, se
 
 RESAMPLER = "Pillow" if cykooz_resizer is None else "cykooz_resizer"
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+Crop = Callable[[np.random.Generator, tuple[int, int]], Box]  # draws it in an image of (width, height)
 
 _CROP_TRIES = 10  # torchvision's
 _DCT_SCALES = (1, 2, 4, 8)
@@ -49,14 +51,13 @@ def train_image(
   rng: np.random.Generator,
   *,
   size: int,
-  crop_scale: tuple[float, float],
-  crop_ratio: tuple[float, float],
+  crop: Crop,
   flip: float,
   jitter: float = 0.0,
   jitter_rng: np.random.Generator | None = None,
   distort: Callable[[Image.Image], Image.Image] | None = None,
 ) -> np.ndarray:
-  """Colour jitter (if any), random resized crop, random flip, distortion (if any).
+  """Colour jitter (if any), random crop, random flip, distortion (if any).
 
   The release jitters the whole image, flips it, then crops; flipping the crop
   instead has the same distribution, because crops are mirror-symmetric.
@@ -65,8 +66,7 @@ def train_image(
     data: an encoded image.
     rng: draws the crop and the flip.
     size: side of the result in pixels.
-    crop_scale: area of the crop over the image's, uniform in this range.
-    crop_ratio: width over height of the crop, log-uniform in this range.
+    crop: see `train_crop`.
     flip: probability of mirroring left and right.
     jitter: strength of brightness, contrast and saturation.
     jitter_rng: draws the jitter; needed where `jitter` is not 0.
@@ -80,16 +80,15 @@ def train_image(
   """
   try:
     image = Image.open(io.BytesIO(data))
-    box = random_crop_box(rng, image.size, crop_scale, crop_ratio)
-    image, box = _decode(image, box, size)
+    image, box = _decode(image, crop(rng, image.size), size)
     if jitter:
       image = color_jitter(image.convert("RGB"), jitter_rng, jitter)
-    crop = _resize(image, box, size)
+    image = _resize(image, box, size)
   except _DECODE_ERRORS as error:
     raise UnreadableImageError(str(error)) from error
   if rng.random() < flip:
-    crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-  return np.asarray(crop if distort is None else distort(crop))
+    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+  return np.asarray(image if distort is None else distort(image))
 
 
 def eval_image(data: bytes | Image.Image, *, size: int, crop: float = DataConfig.eval_crop) -> np.ndarray:
@@ -113,6 +112,13 @@ def eval_image(data: bytes | Image.Image, *, size: int, crop: float = DataConfig
     return np.asarray(_resize(image, box, size))
   except _DECODE_ERRORS as error:
     raise UnreadableImageError(str(error)) from error
+
+
+def train_crop(data: DataConfig) -> Crop:
+  """How the crops of training images are drawn."""
+  if data.train_crop == "square":
+    return functools.partial(random_square_box, crop=data.eval_crop)
+  return functools.partial(random_crop_box, scale=data.crop_scale, ratio=data.crop_ratio)
 
 
 def random_crop_box(
@@ -143,6 +149,14 @@ def random_crop_box(
   crop_height = min(height, round(width / ratio[0])) or 1
   left, top = (width - crop_width) // 2, (height - crop_height) // 2
   return left, top, left + crop_width, top + crop_height
+
+
+def random_square_box(rng: np.random.Generator, image_size: tuple[int, int], crop: float) -> Box:
+  """torchvision's Resize and then RandomCrop: a square anywhere, whose side is `crop` of the shorter one."""
+  width, height = image_size
+  side = min(width, height) * crop
+  left, top = rng.random(2) * (width - side, height - side)
+  return left, top, left + side, top + side
 
 
 def center_crop_box(image_size: tuple[int, int], crop: float) -> Box:
