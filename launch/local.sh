@@ -20,6 +20,8 @@ fail() {
 }
 is_number() { case $1 in '' | *[!0-9]* | 0*) return 1 ;; esac; }
 
+# macOS's own bash is of 2007 and does not know `exec {out}>`.
+[ $((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1])) -ge 401 ] || fail "bash $BASH_VERSION is too old; brew install bash"
 if [ "${1:-}" = --help ]; then
   sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
   exit 0
