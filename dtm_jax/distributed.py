@@ -32,7 +32,7 @@ from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
-from dtm_jax import console
+from dtm_jax import console, signals
 from dtm_jax.config import flatten
 from dtm_jax.errors import InputError, some_of
 
@@ -295,18 +295,25 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
   """Whether any of several processes got SIGTERM or SIGINT; asking costs less than a microsecond.
 
   JAX listens to SIGTERM from `initialize` on, tells all processes in the background, and finds the number of asking
-  that none has come to yet.
+  that none has come to yet. SIGINT becomes SIGTERM.
   """
 
   def note(number, frame):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process
-    signal.raise_signal(signal.SIGTERM)
 
   previous = signal.signal(signal.SIGINT, note)
   try:
-    yield _Stop()
+    with signals.heard() as next_stop:
+      threading.Thread(target=_pass_on, args=(next_stop,), daemon=True).start()
+      yield _Stop()
   finally:
     signal.signal(signal.SIGINT, previous)
+
+
+def _pass_on(next_stop: Callable[[], int | None]) -> None:
+  """SIGINT as SIGTERM, also while the main thread compiles or waits for another process."""
+  if next_stop() == signal.SIGINT:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def is_preempted() -> bool:

@@ -47,6 +47,8 @@ def main(argv: list[str]) -> int:
     if code is None:
       raise
     return code
+  except KeyboardInterrupt:  # while nobody listens yet, or any more
+    return console.fail("interrupted before there was anything to save", EXIT_SIGNAL)
 
 
 def _compile(settings: ConfigDict, plan: command_line.Plan) -> int:

@@ -4,8 +4,6 @@ Python looks at signals between its own instructions only, and the compiler is o
 """
 
 import contextlib
-import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -82,26 +80,13 @@ def _arrival(is_over: threading.Event) -> Iterator[Callable[[], None]]:
   if distributed.count() > 1:  # jax listens, and not by Python
     yield lambda: _poll(distributed.is_preempted, is_over)
     return
-  reader, writer = os.pipe()
-  os.set_blocking(writer, False)  # as `set_wakeup_fd` wants it
-  previous = signal.set_wakeup_fd(writer)
-  try:
-    yield lambda: _read_until_stop(reader)
-  finally:
-    signal.set_wakeup_fd(previous)
-    os.close(writer)
+  with signals.heard() as next_stop:
+    yield next_stop
 
 
 def _poll(has_come: Callable[[], bool], is_over: threading.Event) -> None:
   while not has_come() and not is_over.wait(1):
     pass
-
-
-def _read_until_stop(reader: int) -> None:
-  """Python writes the number of each signal into the pipe, whatever its main thread does."""
-  with open(reader, "rb", buffering=0) as numbers:
-    while (number := numbers.read(1)) and number[0] not in (signal.SIGTERM, signal.SIGINT):
-      pass
 
 
 def _leave(message: str) -> NoReturn:
