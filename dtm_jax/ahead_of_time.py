@@ -270,7 +270,8 @@ def report(compiled: Compiled, chip: Chip | None, mfu: float) -> list[str]:
     f" {_gib(compiled.temporaries)}",
     f"FLOPs of each device: {compiled.flops:.4g} of the model's matrix products; as the compiler counts, a loop's body"
     f" once, {_or_not_told(compiled.counted_flops)}",
-    f"bytes moved by each device to and from its memory, as the compiler counts: {_or_not_told(compiled.moved)}",
+    f"bytes moved by each device to and from its memory, as the compiler counts, a loop's body once:"
+    f" {_or_not_told(compiled.moved)}",
     *_collective_lines(compiled),
   ]
   if chip is None:

@@ -298,9 +298,11 @@ def _results_of_features(
 def _linear(config: Config, train: Features, test: Features, num_classes: int, mesh: Mesh) -> dict[str, Any]:
   solver, seed = config.eval.linear_solver, config.run.seed
   if solver == "lbfgs":
+    patience = 2  # the weakest regularisation takes the longest
     tried, candidates = "C (inverse regularisation)", linear_probe.INVERSE_STRENGTHS
     fit = functools.partial(linear_probe.fit_lbfgs, num_classes=num_classes, mesh=mesh)
   else:
+    patience = None  # all rates are there in one pass
     tried, candidates = "learning rate", linear_probe.LEARNING_RATES[solver]
     fit = functools.partial(
       linear_probe.fit_sgd,
@@ -310,7 +312,7 @@ def _linear(config: Config, train: Features, test: Features, num_classes: int, m
       seed=seed,
       lars=solver == "lars",
     )
-  probe = linear_probe.linear_probe(train, test, fit, candidates, seed=seed)
+  probe = linear_probe.linear_probe(train, test, fit, candidates, seed=seed, patience=patience)
   if probe.chosen in (candidates[0], candidates[-1]):
     logging.warning(
       "linear probe: the best %s, %g, is the %s of those tried; a better one may lie beyond",

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 
 from dtm_jax import experiment, figures, loop, metrics, sharding
@@ -24,6 +25,7 @@ from dtm_jax.steps import finetune
 from dtm_jax.train_state import TrainState, create_train_state
 
 _AVERAGED = "ema_"  # before the names of what the averaged weights reach
+_FEW = 32  # images
 _BACKBONE = ("width", "depth", "heads", "patch_size")
 
 
@@ -48,13 +50,23 @@ class Parts(experiment.Parts):
     return {"num_classes": self.model.num_classes, "class_names": self.train_source.class_names}
 
   def begin(self) -> tuple[TrainState, str]:
-    """See `experiment.Parts.begin`. Raises InputError where the checkpoint does not fit the model."""
+    """See `experiment.Parts.begin`. Raises InputError where the checkpoint does not fit the model, or a label."""
+    self._check_evaluation_labels()
     if not self.config.finetune.init:
       return super().begin()
     checkpoint = open_checkpoint(self.config.finetune.init)
+    names, given = self.train_source.class_names, checkpoint.class_names
+    if names and given and names != given and len(names) == len(given):
+      logging.warning("the head of %s is kept, though its classes have other names than the data's", checkpoint.path)
     params = sharding.put(transfer(checkpoint, self.config, self.model), self.mesh)
     create = functools.partial(create_train_state, optimizer=self.optimizer)
     return jax.jit(create, out_shardings=self.state_shardings)(params), checkpoint.sha256
+
+  def _check_evaluation_labels(self) -> None:
+    """Of a few images: the first evaluation, which looks at all, may come after hours."""
+    source = self.eval_source
+    some = np.linspace(0, len(source) - 1, min(len(source), _FEW)).astype(int)
+    check_labels("evaluation", np.array([source[i].label for i in some.tolist()]), self.model.num_classes)
 
   def check_begun(self, record: dict[str, Any]) -> None:
     """See `experiment.Parts.check_begun`. The weights may be gone by now, or those of a run that has gone on."""

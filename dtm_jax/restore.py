@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from absl import logging
 
 from dtm_jax.checkpoint import BEST_FOLDER, CheckpointStore, saved_steps
 from dtm_jax.checkpoint import FOLDER as CHECKPOINT_FOLDER
@@ -23,7 +24,7 @@ from dtm_jax.networks import create_classifier, create_student, init_params
 from dtm_jax.optim import averaged_params, create_optimizer
 from dtm_jax.teachers import CLIP_MEAN, CLIP_STD
 from dtm_jax.train_state import TrainState, create_train_state, params_sha256
-from dtm_jax.workdir import CONFIG_FILE, read_json
+from dtm_jax.workdir import CONFIG_FILE, SUMMARY_FILE, read_json
 
 # Layer scale is only the initial value of parameters that a weights file has.
 _MODULES = {
@@ -104,6 +105,8 @@ def open_checkpoint(
     kind, sizes, params, _ = read_weights(path)
     found = Checkpoint(path, kind, 0, _MODULES[kind](**sizes, dtype=np.dtype(dtype), **fields), params, None, None)
   if not averaged:
+    if best and (read_json(path / SUMMARY_FILE) or {}).get("best_is_ema"):
+      logging.warning("the best accuracy of %s is that of the averaged weights, which are not asked for", path)
     return found
   if found.averaged is None:
     raise InputError(f"{path} keeps no average of its weights (config.optim.ema_decay); take the weights themselves")

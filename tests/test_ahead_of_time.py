@@ -143,6 +143,12 @@ def test_split_state_takes_less_and_what_does_not_fit_is_told_in_one_line(capsys
   assert code == 2
   assert "4 cpu devices, data 1 x fsdp 4" in out and "does not fit in 0.001 GiB" in out
   assert re.fullmatch(r"error: does not fit: the step needs [\d.]+ GiB of each device's 0.001 GiB; take .*\n", err)
+  number = r"([\d.e+-]+)"
+  flops = float(re.search(f"FLOPs of each device: {number} of the model", out)[1])
+  moved = float(re.search(f"bytes moved by each device .*: {number}\n", out)[1])
+  assert flops == pytest.approx(compiled().flops, rel=1e-3)
+  seconds = float(re.search(f"at least {number} s per step", out)[1])  # at 40 % of 1 TFLOP/s, and 1 GB/s
+  assert seconds == pytest.approx(max(flops / 0.4e12, moved / 1e9), rel=1e-2)
   arguments = float(re.search(r"arguments ([\d.]+) GiB", out)[1]) * 2**30
   assert arguments / compiled().arguments == pytest.approx(0.25, rel=0.04)  # a quarter, and what does not divide
   assert "all-gather" in out and {one.operation for one in compiled().collectives} == {"all-reduce"}

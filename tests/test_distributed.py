@@ -316,6 +316,25 @@ def test_processes_that_differ_are_told_apart(tmp_path, images, compile_cache):
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_processes_with_folders_of_their_own_are_told(tmp_path, images, compile_cache):
+  address = f"127.0.0.1:{free_port()}"
+
+  def start(index: int):
+    variables = TOGETHER | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(index)}
+    variables |= {"JAX_COMPILATION_CACHE_DIR": str(compile_cache)}
+    command = [sys.executable, "-m", "dtm_jax.main", *options(tmp_path / f"run{index}", images)]
+    return runs.popen(command, env=environment(**variables), stderr=subprocess.PIPE, text=True)
+
+  for index, process in enumerate([start(0), start(1)]):
+    _, stderr = process.communicate()
+    assert process.returncode == 2, stderr
+    line = stderr.splitlines()[-1]
+    assert line.startswith(f"error in process {index}: " if index else "error: "), line
+    assert f"{tmp_path}/run1 is not the folder of process 0; choose one that all hosts share" in line
+  assert not [*tmp_path.glob("run*/metrics.jsonl")]
+
+
 @pytest.fixture(scope="module")
 def four(tmp_path_factory, images, compile_cache):
   """Runs on four devices by number of processes, with k-NN before and after."""
@@ -367,8 +386,12 @@ def test_two_processes_fine_tune_as_one(tmp_path, images, compile_cache):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("count", "devices", "mesh"),
-  [pytest.param(2, 4, {}, marks=pytest.mark.long), (2, 2, {"mesh__fsdp": 2, "mesh__tensor": 2})],
-  ids=["two_processes", "another_layout"],
+  [
+    pytest.param(2, 4, {}, marks=pytest.mark.long),
+    (2, 2, {"mesh__fsdp": 2, "mesh__tensor": 2}),
+    (1, 1, {}),
+  ],
+  ids=["two_processes", "another_layout", "one_device"],
 )
 def test_a_run_of_eight_devices_goes_on_elsewhere(eight, tmp_path, images, compile_cache, count, devices, mesh):
   """From step 4 of 10, as after a kill."""

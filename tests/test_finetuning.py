@@ -1,6 +1,7 @@
 """Task "finetune" from start to end: where it begins, what it keeps, and how its accuracy is counted."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -14,10 +15,10 @@ from PIL import Image
 import runs
 from configs import evaluate, finetune_quickstart, quickstart
 from dtm_jax import config as config_lib
-from dtm_jax import convert, evaluation, finetuning, pretraining, restore, sharding
+from dtm_jax import convert, evaluation, finetuning, main, pretraining, restore, sharding
 from dtm_jax.augment import normalize
 from dtm_jax.convert.transfer import resize_tables, to_classifier, with_new_head
-from dtm_jax.data.sources import open_source
+from dtm_jax.data.sources import Example, open_source
 from dtm_jax.data.transforms import eval_image
 from dtm_jax.errors import InputError
 from dtm_jax.evaluate.accuracy import accuracies
@@ -302,3 +303,85 @@ def test_a_label_that_is_no_class():
 def test_settings_of_pretraining_are_refused(setting):
   with pytest.raises(InputError, match=r"set config\.data\.color_jitter=0 and num_masked=0"):
     settings(**setting)
+
+
+class _Mislabelled:
+  """A source with one label that is no class."""
+
+  def __init__(self, source, index: int):
+    self._source, self._index = source, index
+
+  def __getattr__(self, name):
+    return getattr(self._source, name)
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, index) -> Example:
+    example = self._source[index]
+    return Example(example.image, 8) if index == self._index else example
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_evaluation_label_that_is_no_class(index):
+  """Told before training where it is among the first looks, and at the evaluation in any case."""
+  parts = finetuning.build(settings(eval__max_test_images=None))
+  parts = dataclasses.replace(parts, eval_source=_Mislabelled(parts.eval_source, index))
+  message = r"1 evaluation labels outside 0\.\.7, such as 8"
+  if index == 0:
+    with pytest.raises(InputError, match=message):
+      parts.begin()
+  else:
+    state, _ = parts.begin()
+    with pytest.raises(InputError, match=message):
+      parts.evaluate(state, lambda: False)
+
+
+# How ml_collections reads a config file.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize(
+  ("problem", "message"),
+  [
+    ({"model.variant": "S"}, "has width 96, and config.model asks for 384; set config.model.variant and patch_size"),
+    ({"finetune.init": "nowhere"}, "nowhere does not exist; name the work folder of a run, or a weights file"),
+    ("labels", "labels outside 0..7, such as 8; mend them"),
+  ],
+)
+def test_what_does_not_fit_is_one_line_and_exit_2(pretrained, tmp_path, capsys, monkeypatch, problem, message):
+  changes = {"finetune.init": pretrained}
+  if problem == "labels":
+    opened = finetuning.experiment.open_source
+    bad = {split: _Mislabelled(opened(settings().data, split), 0) for split in ("train", "eval")}
+    build = functools.partial(finetuning.experiment.open_setup, open_source=lambda data, split: bad[split])
+    monkeypatch.setattr(finetuning.experiment, "open_setup", build)
+  else:
+    changes |= problem
+  words = [f"--config={runs.ROOT}/configs/finetune_quickstart.py:smoke", f"--workdir={tmp_path / 'run'}"]
+  assert main.main(["dtm", *words, *(f"--config.{name}={value}" for name, value in changes.items())]) == 2
+  stderr = capsys.readouterr().err
+  assert message in stderr.splitlines()[-1] and stderr.splitlines()[-1].startswith("error: ")
+  assert "Traceback" not in stderr
+  assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_head_for_classes_of_other_names_is_kept_and_told(finetuned, tmp_path, caplog):
+  shutil.copytree(finetuned, tmp_path / "run")
+  record = json.loads((tmp_path / "run" / "config.json").read_text())
+  for names, is_told in (([*"abcdefgh"], True), ([*"hgfedcba"], False)):
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record | {"class_names": names}))
+    parts = finetuning.build(settings(tmp_path / "run"))
+    source = _Mislabelled(parts.train_source, -1)
+    source.class_names = [*"hgfedcba"]
+    caplog.clear()
+    dataclasses.replace(parts, train_source=source).begin()
+    assert ("is kept, though its classes have other names than the data's" in caplog.text) == is_told
+
+
+def test_that_the_average_was_the_best_is_told(finetuned, tmp_path, caplog):
+  shutil.copytree(finetuned, tmp_path / "run")
+  summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+  for is_ema, averaged in ((True, False), (False, False), (True, True)):
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary | {"best_is_ema": is_ema}))
+    caplog.clear()
+    restore.open_checkpoint(tmp_path / "run", best=True, averaged=averaged)
+    assert ("is that of the averaged weights" in caplog.text) == (is_ema and not averaged)

@@ -201,9 +201,12 @@ def biased(data, candidates):
 
 def test_the_search_ends_where_it_gets_no_better():
   rows = Features(np.zeros((40, 1), np.float32), np.zeros(40, np.int32))
-  probe = linear_probe.linear_probe(rows, rows, biased, [1.0, 0.0, 3.0, 2.0, 2.5, 4.0], seed=0)
+  candidates = [1.0, 0.0, 3.0, 2.0, 2.5, 4.0]
+  probe = linear_probe.linear_probe(rows, rows, biased, candidates, seed=0, patience=2)
   assert [*probe.held_out_top1] == [1.0, 0.0, 3.0, 2.0, 2.5]  # one that is no better does not end it, two do
   assert probe.chosen == 3.0
+  probe = linear_probe.linear_probe(rows, rows, biased, candidates, seed=0)
+  assert (probe.chosen, [*probe.held_out_top1]) == (4.0, candidates)
 
 
 def test_one_image_is_too_few():

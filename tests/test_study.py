@@ -58,7 +58,17 @@ def shipped(scale: str, folder: pathlib.Path = pathlib.Path("STUDY")) -> Study:
 
 @pytest.mark.parametrize(
   ("scale", "number"),
-  [("ci", 14), ("cpu", 36), ("arms", 98), ("seeds", 50), ("long", 26), ("hog", 86), ("noisy", 48), ("gpu", 268)],
+  [
+    ("ci", 14),
+    ("cpu", 36),
+    ("arms", 98),
+    ("seeds", 50),
+    ("long", 26),
+    ("hog", 86),
+    ("tokens", 26),
+    ("noisy", 48),
+    ("gpu", 268),
+  ],
 )
 def test_cells_come_after_what_they_need(scale, number):
   study = shipped(scale)

@@ -133,12 +133,12 @@ def test_published_recipes(name):
   assert config.peak_lr == pytest.approx(rate)
   assert (config.optim.warmup_epochs, config.optim.layer_decay, config.optim.betas) == (5, 1, (0.9, 0.999))
   assert config.optim.min_lr < rate
-  decay, mixing, changes, drop_path = (
-    (1e-3, (0, 0, 0), ("square", ""), 0)
+  decay, mixing, changes = (
+    (0.01, (0, 0, 0), ("square", ""))
     if name in FINE_GRAINED
-    else (0.05, (0.8, 1.0, 0.1), ("resized", "m9-mstd0.5-inc1"), 0.1)
+    else (0.05, (0.8, 1.0, 0.1), ("resized", "m9-mstd0.5-inc1"))
   )
-  assert (config.optim.weight_decay, config.model.drop_path) == (decay, drop_path)
+  assert (config.optim.weight_decay, config.model.drop_path) == (decay, 0.1)
   assert (config.finetune.mixup, config.finetune.cutmix, config.finetune.label_smoothing) == mixing
   assert (config.data.train_crop, config.data.rand_augment) == changes
 

@@ -21,7 +21,6 @@ from dtm_jax.evaluate.features import Features
 
 _PRECISION = jax.lax.Precision.HIGHEST  # as in evaluate.knn
 _HELD_OUT = 10  # every tenth image, in random order
-_PATIENCE = 2  # candidates in a row that are no better end the search
 
 INVERSE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # C; for standardised features
 LEARNING_RATES = {
@@ -69,11 +68,12 @@ class Shots(NamedTuple):
 Fit = Callable[[Features, Sequence[float]], Iterable[Head]]
 
 
-def linear_probe(train: Features, test: Features, fit: Fit, candidates: Sequence[float], *, seed: int) -> Probe:
+def linear_probe(
+  train: Features, test: Features, fit: Fit, candidates: Sequence[float], *, seed: int, patience: int | None = None
+) -> Probe:
   """Chooses on a held-out tenth of the training images, fits to all, and tests.
 
-  Features are standardised by the mean and the standard deviation of those that are fitted to. The search ends where
-  two candidates in a row are no better than one before: the weakest regularisation takes the longest.
+  Features are standardised by the mean and the standard deviation of those that are fitted to.
 
   Args:
     train: training images.
@@ -81,6 +81,7 @@ def linear_probe(train: Features, test: Features, fit: Fit, candidates: Sequence
     fit: a solver, such as `functools.partial(fit_lbfgs, num_classes=10, mesh=mesh)`.
     candidates: what to choose from by accuracy; of equal ones the one with the smallest loss.
     seed: of the choice of held-out images.
+    patience: so many candidates in a row that are no better end the search; None tries all.
 
   Raises:
     InputError: fewer than two training images.
@@ -99,7 +100,7 @@ def linear_probe(train: Features, test: Features, fit: Fit, candidates: Sequence
     score = accuracy(head, held_out), -_loss(head, held_out)
     scores[candidate] = tuple(distributed.from_first(lambda score=score: score))
     chosen = max(scores, key=scores.__getitem__)
-    if [*scores].index(chosen) + _PATIENCE < len(scores):
+    if patience is not None and [*scores].index(chosen) + patience < len(scores):
       break
   standardize = standardizer(train.features)
   [head] = fit(standardize(train), [chosen])

@@ -234,12 +234,14 @@ WITH_SMALL_FILES = ("bash", "-c", 'ulimit -f 100; exec "$@"', "-")
 @pytest.mark.long
 @pytest.mark.fault("disk full in a save in the background", "in the middle of the run")
 def test_a_failed_save_ends_the_run(tmp_path, compile_cache, outcome):
-  settings = {"run__steps": 300, "run__log_every_steps": 300, "run__checkpoint_every_steps": 150}
+  settings = {"run__steps": 3000, "run__log_every_steps": 1, "run__checkpoint_every_steps": 100}
   code, stderr = runs.finish(runs.start(runs.options(tmp_path, **settings), compile_cache, prefix=WITH_SMALL_FILES))
   assert code == 2, stderr
   assert f"saving to {tmp_path}/checkpoints failed" in stderr
   assert not (tmp_path / "summary.json").exists() and not runs.checkpoints(tmp_path)
-  outcome("exit 2")
+  last = runs.rows(tmp_path)[-1]["step"]
+  assert 100 <= last < 200  # it does not come to the next save
+  outcome(f"exit 2 at step {last}, the save began at 100")
 
 
 @pytest.fixture

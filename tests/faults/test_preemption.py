@@ -11,7 +11,9 @@ import time
 import pytest
 
 import runs
+from dtm_jax import distributed, stopping
 
+MINUTE = 60  # which schedulers give; on two cores these tests take a few seconds of it
 LONG = {"run__steps": 40, "run__log_every_steps": 1, "run__checkpoint_every_steps": 1000}
 
 
@@ -29,9 +31,11 @@ def stop_when(condition, process, number: int = signal.SIGTERM) -> tuple[float, 
   start = time.monotonic()
   process.send_signal(number)
   code, stderr = runs.finish(process)
+  seconds = time.monotonic() - start
   assert code == 143, stderr
   assert "Traceback" not in stderr and "leaked" not in stderr
-  return time.monotonic() - start, stderr
+  assert seconds < MINUTE
+  return seconds, stderr
 
 
 def num_rows(workdir: pathlib.Path) -> int:
@@ -73,9 +77,29 @@ def test_who_does_not_listen_is_ended(number, before, after, message, outcome):
   outcome(f"143, {message}" if message else "left alone")
 
 
+def test_who_is_not_heard_leaves_within_a_minute():
+  """The last of several processes, which ends after the others."""
+  assert stopping.GRACE_SECONDS + stopping._FIRST_LAST_SECONDS + distributed._LAST_WORDS_SECONDS < MINUTE
+
+
+SIGNALS = [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+
+
 @pytest.mark.slow
-@pytest.mark.fault("SIGTERM", "in the first compile")
-def test_in_the_first_compile_it_ends_at_once(tmp_path, outcome):
+def test_ctrl_c_before_a_run_listens_is_one_line(tmp_path):
+  """While it waits for another process, which does not come."""
+  together = ("env", "JAX_COORDINATOR_ADDRESS=127.0.0.1:1", "JAX_NUM_PROCESSES=2", "JAX_PROCESS_ID=1")
+  process = runs.start(runs.options(tmp_path / "run"), None, prefix=together)
+  runs.wait_until(lambda: b"jaxlib" in pathlib.Path(f"/proc/{process.pid}/maps").read_bytes(), process)
+  process.send_signal(signal.SIGINT)
+  code, stderr = runs.finish(process)
+  assert (code, "Traceback" in stderr) == (143, False), stderr
+
+
+@pytest.mark.slow
+@pytest.mark.fault("SIGTERM, SIGINT", "in the first compile")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_in_the_first_compile_it_ends_at_once(tmp_path, number, outcome):
   """The compiler is busy for longer than that. Nothing is lost, and so nothing need be saved."""
   workdir = tmp_path / "run"
   large = {"model__variant": "B", "data__num_workers": 1}
@@ -84,7 +108,7 @@ def test_in_the_first_compile_it_ends_at_once(tmp_path, outcome):
   def compiling():
     return any("train_step" in path.name for path in (tmp_path / "programs").glob("*"))
 
-  seconds, stderr = stop_when(compiling, process)
+  seconds, stderr = stop_when(compiling, process, number)
   assert "before there was anything to save" in stderr
   outcome("143, nothing to save", seconds)
 
@@ -95,13 +119,14 @@ def programs(folder: pathlib.Path) -> tuple[str, ...]:
 
 
 @pytest.mark.slow
-@pytest.mark.fault("SIGTERM", "in an evaluation")
-def test_an_evaluation_is_left_and_made_again(tmp_path, outcome):
+@pytest.mark.fault("SIGTERM, SIGINT", "in an evaluation")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_an_evaluation_is_left_and_made_again(tmp_path, number, outcome):
   """The one before the first step; the signal comes when its program is there, and it has some hundred batches."""
   workdir, compiled, settings = tmp_path / "run", tmp_path / "compiled", {"run__steps": 1, "eval__knn": True}
   long = runs.options(workdir, **settings, eval__batch_size=1, eval__max_train_images=512)
   process = runs.start(long, compiled)
-  seconds, stderr = stop_when(lambda: [*compiled.glob("jit_features*-cache")], process)
+  seconds, stderr = stop_when(lambda: [*compiled.glob("jit_features*-cache")], process, number)
   assert "stopped and saved at step 0" in stderr
   assert not (workdir / "metrics.jsonl").exists() or not runs.rows(workdir)
   code, stderr = runs.finish(runs.start(runs.options(workdir, **settings), compiled))
@@ -126,7 +151,9 @@ def test_at_many_moments_a_run_loses_nothing(tmp_path, compile_cache, reference,
   stop(lambda _: num_rows(workdir) >= 3, signal.SIGTERM)
   stop(lambda _: num_rows(workdir) >= 8, signal.SIGINT)
   stop(lambda process: [*children(process.pid)], signal.SIGTERM, data__num_workers=1)
-  stop(lambda _: num_rows(workdir) >= 12 and unfinished(), signal.SIGTERM, run__checkpoint_every_steps=2)
+  for number in (signal.SIGTERM, signal.SIGINT):
+    past = num_rows(workdir) + 4
+    stop(lambda _, past=past: num_rows(workdir) >= past and unfinished(), number, run__checkpoint_every_steps=2)
   code, stderr = runs.finish(runs.start(runs.options(workdir, **LONG), compile_cache))
   assert code == 0, stderr
   assert runs.rows(workdir) == runs.rows(reference)
@@ -150,13 +177,14 @@ def stop_pair_when(condition, pair, number: int = signal.SIGTERM) -> tuple[float
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.fault("SIGTERM to one of two processes", "in the first compile")
-def test_a_pair_ends_after_its_first_compile(tmp_path, outcome):
+@pytest.mark.fault("SIGTERM, SIGINT to one of two processes", "in the first compile")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_pair_ends_after_its_first_compile(tmp_path, number, outcome):
   """No process knows whether the others have begun, and so each ends its compilation first, if that takes no 45 s."""
   workdir, dumps = tmp_path / "run", tmp_path / "programs"
   deep = runs.options(workdir, model__variant="S", run__steps=40)
   pair = runs.start_pair(deep, tmp_path / "cache", prefixes=((), programs(dumps)))
-  seconds, stderr = stop_pair_when(lambda: any("train_step" in path.name for path in dumps.glob("*")), pair)
+  seconds, stderr = stop_pair_when(lambda: any("train_step" in path.name for path in dumps.glob("*")), pair, number)
   saved = runs.checkpoints(workdir)
   if "could not save for 45 s" not in stderr:
     assert saved in ([0], [1], [2]), stderr
