@@ -13,6 +13,7 @@ from absl import logging
 from dtm_jax.errors import LESS_MEMORY, OUT_OF_MEMORY, InputError
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_SIGNAL = 1, 2, 130, 143
+INTERRUPTED = "interrupted before there was anything to save"
 _PACKAGE = str(pathlib.Path(__file__).parent)
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 

@@ -78,7 +78,8 @@ def initialize() -> None:
   if num_processes == 1:
     return
   jax.config.update("jax_enable_preemption_service", True)  # `stop_requests` listens to it
-  with _within(START_SECONDS, f"not all of {num_processes} processes have come within {START_SECONDS} s; {_REMEDY}"):
+  missing = f"not all of {num_processes} processes have come within {START_SECONDS} s; {_REMEDY}"
+  with _interruptible(), _within(START_SECONDS, missing):
     try:
       jax.distributed.initialize(
         **known,
@@ -371,6 +372,19 @@ def leave(code: int) -> NoReturn:
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+  """Ends the process on SIGINT where nothing is lost, and Python would not look at it for minutes."""
+
+  def end() -> None:
+    if next_stop() is not None:
+      os._exit(console.fail(console.INTERRUPTED, console.EXIT_SIGNAL))
+
+  with signals.heard() as next_stop:
+    threading.Thread(target=end, daemon=True).start()
+    yield
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
       raise
     return code
   except KeyboardInterrupt:  # while nobody listens yet, or any more
-    return console.fail("interrupted before there was anything to save", EXIT_SIGNAL)
+    return console.fail(console.INTERRUPTED, EXIT_SIGNAL)
 
 
 def _compile(settings: ConfigDict, plan: command_line.Plan) -> int:
