@@ -330,7 +330,7 @@ def test_processes_with_folders_of_their_own_are_told(tmp_path, images, compile_
     _, stderr = process.communicate()
     assert process.returncode == 2, stderr
     line = stderr.splitlines()[-1]
-    assert line.startswith(f"error in process {index}: " if index else "error: "), line
+    assert line.startswith(f"error in process {index}: process 1 on "), line
     assert f"{tmp_path}/run1 is not the folder of process 0; choose one that all hosts share" in line
   assert not [*tmp_path.glob("run*/metrics.jsonl")]
 
