@@ -137,7 +137,7 @@ class DataConfig:
   batch_size: int = 2048  # global, per optimiser step
   image_size: int = 224  # pixels, square
   num_workers: int = 8  # of each process, processes of their own; 0 decodes in threads of this one
-  train_crop: str = "resized"  # "square" is evaluation's square, but anywhere: resized to 256, cropped to 224
+  train_crop: str = "resized"  # "square" is as large as evaluation's (eval_crop), but anywhere
   crop_scale: tuple[float, float] = (0.2, 1.0)  # of a "resized" crop: its area over the image's
   crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height
   flip: float = 0.5  # probability

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     if code is None:
       raise
     return code
-  except KeyboardInterrupt:  # while nobody listens yet, or any more
+  except KeyboardInterrupt:  # while nobody listens yet
     return console.fail(console.INTERRUPTED, EXIT_SIGNAL)
 
 
