@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from dtm_jax import distributed, metrics, sharding
 from dtm_jax import workdir as workdirs
-from dtm_jax.config import OF_CHECKPOINT, Config, to_json
+from dtm_jax.config import OF_CHECKPOINT, Config, DataConfig, to_json
 from dtm_jax.data.pipeline import num_evaluated
 from dtm_jax.data.sources import NO_LABEL, Source, open_source
 from dtm_jax.data.transforms import RESAMPLER
@@ -29,6 +29,9 @@ from dtm_jax.evaluate.steps import make_feature_fn, make_top_classes_fn
 from dtm_jax.files import replacing
 from dtm_jax.restore import Checkpoint, data_settings, open_checkpoint
 from dtm_jax.workdir import CONFIG_FILE, RUN_AGAIN, SUMMARY_FILE, write_json
+
+# Settings that say which images are evaluated.
+_IMAGES = ("source", "name", "path", "label", "train_split", "eval_split", "eval_crop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,8 @@ def build(config: Config) -> Parts:
     raise InputError("config.model.attention='cudnn' needs a GPU; choose 'xla' or 'matmul'")
   mesh = sharding.create_mesh(config.mesh)
   checkpoint = read_checkpoint(config)
-  config = with_data_of(checkpoint, config)
+  asked, config = config.data, with_data_of(checkpoint, config)
+  _tell_what_is_taken(asked, config.data, checkpoint)
   train_source = open_source(config.data, "train") if config.eval.needs_features else None
   names = config.eval.sets or (config.data.name if config.data.source == "tfds" else "test",)
   test_sources = {name: open_source(dataclasses.replace(config.data, name=name), "eval") for name in names}
@@ -66,6 +70,14 @@ def build(config: Config) -> Parts:
   if config.eval.classify:
     _check_classifier(checkpoint, test_sources)
   return Parts(config, mesh, checkpoint, train_source, test_sources, num_classes)
+
+
+def _tell_what_is_taken(asked: DataConfig, data: DataConfig, checkpoint: Checkpoint) -> None:
+  """Which images are the run's choice: what the command sets to its default does not count as set."""
+  taken = {name: getattr(data, name) for name in _IMAGES if getattr(data, name) != getattr(asked, name)}
+  if taken:
+    told = ", ".join(f"{name}={value}" for name, value in taken.items())
+    logging.info("images as %s has them: %s", checkpoint.path, told)
 
 
 def _check_classifier(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> None:

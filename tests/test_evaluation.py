@@ -224,6 +224,15 @@ def test_what_is_set_goes_before_the_run():
   assert data_of(source="tfds", mean=(0.5, 0.5, 0.5)).mean == (0.5, 0.5, 0.5)
 
 
+def test_which_images_are_the_runs_choice_is_told(run, caplog):
+  """What the command sets to its default cannot be told from what it does not set."""
+  config = evaluate.get_config()
+  config.eval.checkpoint = str(run)
+  with caplog.at_level("INFO", logger="absl"):
+    evaluation.build(config_lib.resolve(config))
+  assert f"images as {run} has them: source=synthetic, eval_split=test" in caplog.text
+
+
 def test_a_record_of_an_earlier_version_is_read(run, tmp_path):
   """Settings that came later have the defaults that do what was done then."""
   copy = shutil.copytree(run, tmp_path / "copy")
