@@ -91,7 +91,8 @@ SIGNALS = [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
 def test_who_waits_for_the_others_may_be_interrupted(tmp_path, outcome):
   with socket.create_server(("127.0.0.1", 0)) as first:  # which answers nothing
     address = f"JAX_COORDINATOR_ADDRESS=127.0.0.1:{first.getsockname()[1]}"
-    together = ("env", address, "JAX_NUM_PROCESSES=2", "JAX_PROCESS_ID=1")
+    # What a shell starts with "&" would leave SIGINT ignored, as it is then meant to be.
+    together = ("env", "--default-signal=INT", address, "JAX_NUM_PROCESSES=2", "JAX_PROCESS_ID=1")
     process = runs.start(runs.options(tmp_path / "run"), None, prefix=together)
     first.settimeout(MINUTE)
     connection, _ = first.accept()
