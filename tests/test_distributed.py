@@ -317,6 +317,7 @@ def test_processes_that_differ_are_told_apart(tmp_path, images, compile_cache):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_processes_with_folders_of_their_own_are_told(tmp_path, images, compile_cache):
   address = f"127.0.0.1:{free_port()}"
 
