@@ -293,24 +293,34 @@ def test_only_the_first_of_two_processes_speaks(paired):
   ]
 
 
+def end_of_two(arguments: list[list[str]], cache: pathlib.Path) -> list[str]:
+  """The last lines of two processes of one run that are started with different words, and end with 2."""
+  variables = TOGETHER | {
+    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+  }
+  processes = [
+    runs.popen(
+      [sys.executable, "-m", "dtm_jax.main", *words],
+      env=environment(**variables | {"JAX_PROCESS_ID": str(index)}),
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for index, words in enumerate(arguments)
+  ]
+  said = [process.communicate()[1] for process in processes]
+  assert [process.returncode for process in processes] == [2, 2], said
+  return [stderr.splitlines()[-1] for stderr in said]
+
+
 @pytest.mark.slow
 def test_processes_that_differ_are_told_apart(tmp_path, images, compile_cache):
   """The second one learns from other images, of which the folder has another number."""
-  address = f"127.0.0.1:{free_port()}"
   shutil.copytree(images, tmp_path / "images")
   (tmp_path / "images" / "class0" / "06.png").unlink()
-
-  def start(index: int, folder: pathlib.Path):
-    variables = TOGETHER | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(index)}
-    variables |= {"JAX_COMPILATION_CACHE_DIR": str(compile_cache)}
-    command = [sys.executable, "-m", "dtm_jax.main", *options(tmp_path / "run", folder)]
-    return runs.popen(command, env=environment(**variables), stderr=subprocess.PIPE, text=True)
-
-  processes = [start(0, images), start(1, tmp_path / "images")]
-  for index, process in enumerate(processes):
-    _, stderr = process.communicate()
-    assert process.returncode == 2, stderr
-    line = stderr.splitlines()[-1]
+  folders = (images, tmp_path / "images")
+  lines = end_of_two([options(tmp_path / "run", folder) for folder in folders], compile_cache)
+  for index, line in enumerate(lines):
     pattern = rf"error in process {index}: process 1 on .+: config\.data\.path not as on process 0 \(.+"
     assert re.fullmatch(pattern, line)
   assert not (tmp_path / "run").exists()
@@ -319,18 +329,8 @@ def test_processes_that_differ_are_told_apart(tmp_path, images, compile_cache):
 @pytest.mark.slow
 @pytest.mark.long
 def test_processes_with_folders_of_their_own_are_told(tmp_path, images, compile_cache):
-  address = f"127.0.0.1:{free_port()}"
-
-  def start(index: int):
-    variables = TOGETHER | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(index)}
-    variables |= {"JAX_COMPILATION_CACHE_DIR": str(compile_cache)}
-    command = [sys.executable, "-m", "dtm_jax.main", *options(tmp_path / f"run{index}", images)]
-    return runs.popen(command, env=environment(**variables), stderr=subprocess.PIPE, text=True)
-
-  for index, process in enumerate([start(0), start(1)]):
-    _, stderr = process.communicate()
-    assert process.returncode == 2, stderr
-    line = stderr.splitlines()[-1]
+  lines = end_of_two([options(tmp_path / f"run{index}", images) for index in range(2)], compile_cache)
+  for index, line in enumerate(lines):
     assert line.startswith(f"error in process {index}: process 1 on "), line
     assert f"{tmp_path}/run1 is not the folder of process 0; choose one that all hosts share" in line
   assert not [*tmp_path.glob("run*/metrics.jsonl")]
