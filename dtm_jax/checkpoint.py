@@ -93,6 +93,17 @@ def _noting(errors: list[Exception]) -> ocp.StandardCheckpointHandler:
   return handler
 
 
+def _renaming(errors: list[Exception]) -> type[ocp.path.atomicity.AtomicRenameTemporaryPath]:
+  """How a save that is whole gets its name, which process 0 does alone; its errors are kept for the same reason."""
+
+  class Renaming(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    async def finalize(self) -> None:
+      with _kept(errors):
+        await super().finalize()
+
+  return Renaming
+
+
 class CheckpointStore:
   """The checkpoints of one work folder; `keep` of them stay, and None opens the store to read only.
 
@@ -112,6 +123,7 @@ class CheckpointStore:
       # Made in the background, a folder that cannot be made keeps the ended run waiting for five minutes.
       async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
       save_root_metadata=False,  # processes would meet, also where one of them does not find its folder
+      temporary_path_class=_renaming(self._errors),
       # Where processes meet, two stores are two places.
       multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=folder),
     )
@@ -292,6 +304,8 @@ class CheckpointStore:
 
 def _brief(error: Exception) -> str:
   """The system's reason, which tensorstore has somewhere in a long line; or the ends of the first line."""
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
   if reason := re.search(r"\[os_error_code=\D*(\d+)", str(error)):
     return os.strerror(int(reason[1]))
   line = str(error).partition("\n")[0]

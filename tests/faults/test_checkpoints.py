@@ -7,6 +7,7 @@ import os
 import pathlib
 import resource
 import shutil
+import signal
 import subprocess
 import time
 
@@ -196,6 +197,7 @@ def test_the_systems_reason_is_told_wherever_it_stands(end):
   text = f"Error writing \"{'x' * 300}\": Failed to write to file 11: No space [os_error_code='28'] [source]{end * 20}"
   assert checkpoint._brief(ValueError(text)) == "No space left on device"
   assert checkpoint._brief(ValueError("x" * 199 + "\n more")) == "x" * 199
+  assert checkpoint._brief(PermissionError(13, "Permission denied", "a", None, "b")) == "Permission denied"
 
 
 def test_checkpoints_name_the_classes_of_orbax(saved):
@@ -347,3 +349,34 @@ def test_a_folder_that_becomes_read_only_ends_the_run_and_it_goes_on(tmp_path, c
   runs.train(tmp_path, compile_cache, run__steps=kept[-1] + 2, **settings)
   assert runs.summary(tmp_path)["steps"] == kept[-1] + 2
   outcome("exit 2, checkpoints stay, goes on")
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.fault("a folder becomes read-only for a pair", "between the last file of a save and its renaming")
+def test_a_save_that_cannot_get_its_name_ends_the_pair(tmp_path, compile_cache, outcome):
+  """Process 0 renames when the other one has written, too, and that is held back until the folder is closed."""
+  settings = {"run__steps": 100_000, "run__checkpoint_every_steps": 20, "mesh__fsdp": 2}
+  pair = runs.start_pair(runs.options(tmp_path, **settings), compile_cache, prefixes=(HELD_TO_PERMISSIONS,) * 2)
+  folder = tmp_path / "checkpoints"
+
+  def waits_for_its_name() -> bool:
+    """Stops the other process in the middle of a save; lets it go on where it came too late."""
+    if not (unfinished := [*folder.glob("*.orbax-checkpoint-tmp")]):
+      return False
+    pair[1].send_signal(signal.SIGSTOP)
+    time.sleep(1)
+    if unfinished[0].exists():
+      return True
+    pair[1].send_signal(signal.SIGCONT)
+    return False
+
+  runs.wait_until(waits_for_its_name, pair[0])
+  with read_only(folder):
+    pair[1].send_signal(signal.SIGCONT)
+    start = time.monotonic()
+    (code, stderr), (other, others) = map(runs.finish, pair)
+  assert time.monotonic() - start < 100, stderr + others  # processes wait for each other for 1200 s
+  assert (code, f"saving to {folder} failed (Permission denied)" in stderr) == (2, True), stderr
+  assert other not in (0, 143), others
+  outcome("exit 2, the other after it", time.monotonic() - start)
