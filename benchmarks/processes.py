@@ -20,6 +20,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from common import (
@@ -45,12 +47,21 @@ def make_runs(images: pathlib.Path) -> dict[str, tuple[str, dict[str, Any]]]:
   }
 
 
-def train(page: str, settings: dict[str, Any], processes: int, devices: int, *, folder: pathlib.Path) -> float:
-  """Seconds per image of a run in a new folder."""
+def train(
+  page: str,
+  settings: dict[str, Any],
+  processes: int,
+  devices: int,
+  *,
+  folder: pathlib.Path,
+  environment: Mapping[str, str] = MappingProxyType({}),
+) -> float:
+  """Seconds per image of a run in a new folder, with `environment` on top of this process's."""
   steps = settings["run.steps"]
   settings = settings | {"run.log_every_steps": steps // LOGS, "run.checkpoint_every_steps": steps}
   variables = {"DEVICES_PER_PROCESS": str(devices), "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
   variables |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+  variables |= environment
   with tempfile.TemporaryDirectory(dir=folder) as workdir:
     options = [*run_options(page, settings, is_cpu=True), f"--workdir={workdir}"]
     command = [ROOT / "launch" / "local.sh", str(processes), *options]

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from dtm_jax import distributed
-from dtm_jax.errors import InputError
+from dtm_jax.errors import InputError, TransientError, is_of_network
 from dtm_jax.train_state import TrainState
 
 FOLDER = "checkpoints"
@@ -145,6 +145,7 @@ class CheckpointStore:
 
     Raises:
       InputError: this save or the one before failed (disk full, no permission).
+      TransientError: it failed, and may not the next time.
     """
     step, latest = int(state.step), distributed.from_first(self.latest_step)
     if latest is not None and latest >= step:
@@ -294,20 +295,27 @@ class CheckpointStore:
     # Orbax passes on whatever its writers raise: OSError, ValueError from
     # tensorstore, RuntimeError from the background thread.
     except (OSError, ValueError, RuntimeError) as error:
-      if distributed.is_loss(error):
+      if distributed.is_loss(error) or isinstance(error, jax.errors.JaxRuntimeError):  # of devices
         raise
-      raise InputError(
-        f"saving to {self._folder} failed ({_brief(error)}); make room or choose another --workdir, then run"
-        f" the same command: it goes on from step {max(saved_steps(self._workdir), default=0)}"
-      ) from error
+      told, step = f"saving to {self._folder} failed ({_brief(error)})", max(saved_steps(self._workdir), default=0)
+      again = f"the same command: it goes on from step {step}"
+      if is_of_network(_error_number(error)):
+        raise TransientError(f"{told}; run {again}") from error
+      raise InputError(f"{told}; make room or choose another --workdir, then run {again}") from error
+
+
+def _error_number(error: Exception) -> int | None:
+  """The system's, which tensorstore has somewhere in a long line."""
+  if isinstance(error, OSError):
+    return error.errno
+  found = re.search(r"\[os_error_code=\D*(\d+)", str(error))
+  return found and int(found[1])
 
 
 def _brief(error: Exception) -> str:
-  """The system's reason, which tensorstore has somewhere in a long line; or the ends of the first line."""
-  if isinstance(error, OSError) and error.strerror:
-    return error.strerror
-  if reason := re.search(r"\[os_error_code=\D*(\d+)", str(error)):
-    return os.strerror(int(reason[1]))
+  """The system's reason, or the ends of the first line."""
+  if number := _error_number(error):
+    return os.strerror(number)
   line = str(error).partition("\n")[0]
   return line if len(line) < 200 else f"{line[:60]} ... {line[-120:]}"
 

@@ -64,7 +64,7 @@ def parse(argv: list[str]) -> Command:
   plan = Plan(topology.value, chip.value, mfu.value) if compile_only.value else None
   place = workdir.value or f"runs/{name}"
   if "://" in place:
-    raise InputError(f"--workdir={place} is no folder; mount the bucket (Cloud Storage FUSE, Mountpoint) and give that")
+    raise InputError(f"--workdir={place} is no folder; give one on a disk or a network's file system")
   return Command(config, pathlib.Path(place), plan)
 
 
@@ -108,12 +108,13 @@ def _load(argv: list[str], values: flags.FlagValues) -> tuple[ConfigDict, str]:
 
 
 def _find_shipped(word: str) -> str:
-  """`--config=configs/vitb.py` from any folder: a file that is not there is looked for among the shipped ones."""
+  """`--config=configs/vitb.py`, or vitb.py, from any folder: where it is not there, the shipped page."""
   path, colon, form = word.removeprefix("--config=").partition(":")
   if not word.startswith("--config=") or pathlib.Path(path).exists():
     return word
   shipped = _CONFIG_FOLDER / pathlib.Path(path).name
-  if not shipped.is_file():
+  # Of another folder, a page of the same name is another page.
+  if pathlib.Path(path).parent.as_posix() not in (".", _CONFIG_FOLDER.name) or not shipped.is_file():
     known = ", ".join(sorted(file.name for file in _CONFIG_FOLDER.glob("*.py")))
     raise InputError(f"{path} does not exist; name a file of your own, or one of configs: {known}")
   return f"--config={shipped}{colon}{form}"

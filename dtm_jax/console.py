@@ -10,7 +10,7 @@ from collections.abc import Callable
 import tqdm
 from absl import logging
 
-from dtm_jax.errors import LESS_MEMORY, OUT_OF_MEMORY, InputError
+from dtm_jax.errors import LESS_MEMORY, OUT_OF_MEMORY, InputError, TransientError
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_SIGNAL = 1, 2, 130, 143
 INTERRUPTED = "interrupted before there was anything to save"
@@ -72,6 +72,8 @@ def exit_code(command: Callable[[], None]) -> int:
     command()
   except (InputError, OSError) as error:
     return fail(error, EXIT_INPUT)
+  except TransientError as error:
+    return fail(error, EXIT_FAILED)
   except MemoryError as error:
     return fail(f"not enough memory for these weights ({error})", EXIT_INPUT)
   except KeyboardInterrupt:
@@ -83,6 +85,8 @@ def tell(error: Exception) -> int | None:
   """Tells what is wrong with what a run was given, and returns the exit code; None where the error is another."""
   if isinstance(error, InputError):
     return fail(error, EXIT_INPUT)
+  if isinstance(error, TransientError):
+    return fail(error, EXIT_FAILED)
   if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
     return fail(f"{error}; make room or get permission, then run the same command: it goes on", EXIT_INPUT)
   if isinstance(error, RuntimeError) and OUT_OF_MEMORY in str(error):

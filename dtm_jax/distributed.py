@@ -34,7 +34,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dtm_jax import console, signals
 from dtm_jax.config import flatten
-from dtm_jax.errors import InputError, some_of
+from dtm_jax.errors import InputError, TransientError, some_of
 
 START_SECONDS = 300  # from the first process to the last one
 SHARED_FOLDER_SECONDS = 20  # until a file of another host is seen; network file systems remember what was not there
@@ -359,7 +359,8 @@ def is_loss(error: BaseException | None) -> bool:
   """Whether an error, or what has caused it, tells that another process has not come."""
   while error is not None and count() > 1:
     # Our own name files and folders, which may be called anything.
-    if not isinstance(error, InputError) and any(sign in str(error).lower() for sign in _SIGNS_OF_LOSS):
+    is_own = isinstance(error, (InputError, TransientError))
+    if not is_own and any(sign in str(error).lower() for sign in _SIGNS_OF_LOSS):
       return True
     error = error.__cause__
   return False

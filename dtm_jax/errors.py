@@ -1,5 +1,6 @@
 """What the user can mend, how its message tells names, and that the user wants to stop."""
 
+import errno
 from collections.abc import Iterable
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in the message of jax's error
@@ -8,6 +9,10 @@ LESS_MEMORY = (
   " config.mesh.fsdp, optim.accumulate_steps or model.remat=True"
 )
 _SHOWN_NAMES = 3
+_OF_NETWORKS = {
+  *(errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.ENOTCONN),
+  *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+}
 
 
 class InputError(ValueError):
@@ -18,8 +23,21 @@ class InputError(ValueError):
   """
 
 
+class TransientError(RuntimeError):
+  """What may pass, such as a network's file system that does not answer.
+
+  The message is a single line. Commands print it and leave with exit code 1, by
+  which schedulers try again.
+  """
+
+
 class StoppedError(Exception):
   """The user asked to stop before all images were seen."""
+
+
+def is_of_network(number: int | None) -> bool:
+  """Whether a system's error number (`OSError.errno`) tells of a network's file system that does not answer."""
+  return number in _OF_NETWORKS
 
 
 def shown(text: str) -> str:

@@ -114,7 +114,8 @@ def with_data_of(checkpoint: Checkpoint, config: Config) -> Config:
   """The settings of the evaluation: the run's, where there is one, but for what the evaluation sets.
 
   Of the data, what `config.data` sets to something else than its default goes before the run's. Where it names another
-  source, only the normalisation is the run's (or, of weights, `data_settings`'). The image size is always the model's.
+  source, only normalisation and crop are the run's (or, of weights, `data_settings`'). The image size is always the
+  model's.
 
   Raises:
     InputError: a weights file and no source, or a model for other than square images.
@@ -125,7 +126,7 @@ def with_data_of(checkpoint: Checkpoint, config: Config) -> Config:
       f"{checkpoint.path} does not say on what data it was trained; name some: config.data.source=tfds, folder, ..."
     )
   fields, own = dataclasses.fields(data), data_settings(checkpoint)
-  inherited = {f.name for f in fields} if data.source == OF_CHECKPOINT else {"mean", "std"}
+  inherited = {f.name for f in fields} if data.source == OF_CHECKPOINT else {"mean", "std", "eval_crop"}
   unset = {f.name for f in fields if getattr(data, f.name) == f.default} | {"source"}
   data = dataclasses.replace(data, **{name: getattr(own, name) for name in inherited & unset})
   data = dataclasses.replace(data, image_size=checkpoint.image_size)

@@ -301,6 +301,7 @@ class _Session:
     if before != parts.total_steps:
       told = "it was a run of %d steps before; from here on the learning rate is that of one of %d"
       logging.warning(told, before, parts.total_steps)
+      self.writer.forget_after(int(state.step))
     return state, _init_sha256(record)
 
   def train(self, state: TrainState) -> TrainState:

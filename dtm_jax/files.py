@@ -5,9 +5,13 @@ import fcntl
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Iterator
+from typing import IO
 
 from dtm_jax.errors import InputError
+
+_POLL_SECONDS = 0.2
 
 
 @contextlib.contextmanager
@@ -43,12 +47,13 @@ def replacing(path: pathlib.Path, remedy: str = "make room or choose another pla
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path, problem: str) -> Iterator[int]:
+def locked(path: pathlib.Path, problem: str, patience: float = 0) -> Iterator[int]:
   """Holds a lock until it is left, or this process ends, and all children do that were passed its file descriptor.
 
   Args:
     path: of the lock, an empty file that stays.
     problem: what is wrong where another process holds it.
+    patience: seconds to wait for that one.
 
   Raises:
     InputError: with `problem`, or because the file cannot be made.
@@ -58,13 +63,22 @@ def locked(path: pathlib.Path, problem: str) -> Iterator[int]:
   except OSError as error:
     raise InputError(f"cannot write {path} ({error.strerror or error}); choose another place") from error
   with file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise InputError(problem) from error
-    except OSError:  # a file system without locks
-      pass
+    end = time.monotonic() + patience
+    while not _takes_lock(file):
+      if time.monotonic() >= end:
+        raise InputError(problem)
+      time.sleep(_POLL_SECONDS)
     yield file.fileno()
+
+
+def _takes_lock(file: IO) -> bool:
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except OSError:  # a file system without locks
+    pass
+  return True
 
 
 def _to_disk(path: pathlib.Path) -> None:

@@ -53,6 +53,7 @@ class Parts(experiment.Parts):
     """See `experiment.Parts.begin`. Raises InputError where the checkpoint does not fit the model, or a label."""
     self._check_evaluation_labels()
     if not self.config.finetune.init:
+      logging.info("beginning from scratch: config.finetune.init names no run and no weights")
       return super().begin()
     checkpoint = open_checkpoint(self.config.finetune.init)
     names, given = self.train_source.class_names, checkpoint.class_names

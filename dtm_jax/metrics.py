@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from dtm_jax import distributed
 from dtm_jax.errors import InputError
+from dtm_jax.files import replacing
 
 FILE = "metrics.jsonl"
 _SHARES = ("top1", "top5", "mce")  # in the names of scores
@@ -62,6 +63,13 @@ class MetricWriter:
       if isinstance(value, (int, float)):
         self._tensorboard.add_scalar(name, value, step)
     self._tensorboard.flush()
+
+  def forget_after(self, step: int) -> None:
+    """Removes the rows of all later steps, which will not come out the same."""
+    self.rows = [row for row in self.rows if row["step"] <= step]
+    if self._tensorboard is not None and self._path.exists():
+      with replacing(self._path) as unfinished:
+        unfinished.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
   def find(self, step: int, name: str) -> Any | None:
     """The value logged under a name at a step, or None."""

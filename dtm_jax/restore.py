@@ -140,6 +140,8 @@ def restore_run(workdir: pathlib.Path, folder: str = CHECKPOINT_FOLDER) -> Check
   like = abstract_state(lambda: create_train_state(init_params(config, anywhere), optimizer), here)
   with contextlib.closing(CheckpointStore(workdir, folder=folder)) as store:
     state = jax.tree.map(np.asarray, store.restore(store.latest_step(), like))
+  if folder == CHECKPOINT_FOLDER and int(state.step) < record.get("total_steps", 0):
+    logging.warning("%s is at step %d of %d: the run is not complete", workdir, state.step, record["total_steps"])
   averaged = None if config.optim.ema_decay is None else averaged_params(state.opt_state)
   return Checkpoint(workdir, kind, int(state.step), model, state.params, averaged, config, record.get("class_names"))
 

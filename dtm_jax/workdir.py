@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import tempfile
 from typing import Any
 
 import jax
@@ -21,12 +22,13 @@ CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.json"
 RUN_AGAIN = "make room, then run the same command again"  # where a file cannot be written
 _REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_LOST_HOST_SECONDS = 120  # for so long a network's file system may hold the lock of a host that is no more
 # What a resumed run may change: how fast, how long, where and how closely watched. (Another length bends the rest of
 # the learning rate's cosine.)
 _FREE_SETTINGS = (
   *("run.steps", "run.epochs", "run.log_every_steps", "run.checkpoint_every_steps", "run.keep_checkpoints"),
   *("run.on_nonfinite", "data.num_workers", "data.max_bad_fraction"),
-  *("model.attention", "model.scan_layers", "model.remat", "mesh."),
+  *("model.attention", "model.scan_layers", "model.remat", "optim.accumulate_steps", "mesh."),
 )
 # These, too, as long as the images and weights behind them are the same: `experiment` and `evaluation` check that.
 _PATHS_OF = {
@@ -59,18 +61,35 @@ def _create(workdir: pathlib.Path) -> None:
     raise InputError(f"cannot make --workdir={workdir} ({error.strerror}); choose another") from error
   if not os.access(workdir, os.W_OK):
     raise InputError(f"no permission to write to --workdir={workdir}; choose another")
+  with tempfile.TemporaryDirectory(prefix=".renaming-", dir=workdir) as name:
+    _check_renaming(pathlib.Path(name), workdir)
 
 
-def locked(workdir: pathlib.Path) -> contextlib.AbstractContextManager[int]:
+def _check_renaming(empty: pathlib.Path, workdir: pathlib.Path) -> None:
+  """Checkpoints become whole by it, and buckets that are mounted as folders may not have it."""
+  inner = empty / "unfinished" / "inner"
+  try:
+    inner.mkdir(parents=True)
+    (inner / "file").touch()
+    inner.parent.rename(empty / "finished")
+  except OSError as error:
+    raise InputError(
+      f"--workdir={workdir} is on a file system that cannot rename folders ({error.strerror}), by which checkpoints"
+      " become whole; choose a disk or a network's file system (of buckets, one with a hierarchical namespace)"
+    ) from error
+
+
+def locked(workdir: pathlib.Path, patience: float = 0) -> contextlib.AbstractContextManager[int]:
   """Keeps others out of a folder, see `files.locked`. Raises InputError where one is at work in it."""
   lock = workdir / "lock"
   problem = f"another process is at work in {workdir}; wait for it, stop it, or choose another --workdir"
-  return locked_file(lock, f"{problem} (if it is gone with its host, remove {lock})")
+  return locked_file(lock, f"{problem} (if it is gone with its host, remove {lock})", patience)
 
 
 def keep(workdir: pathlib.Path, until: contextlib.ExitStack) -> None:
   """Has the first of all processes lock the folder until the stack is left. Raises InputError where it is taken."""
-  distributed.together(lambda: until.enter_context(locked(workdir)) if distributed.is_first() else None)
+  patience = _LOST_HOST_SECONDS if distributed.count() > 1 else 0
+  distributed.together(lambda: until.enter_context(locked(workdir, patience)) if distributed.is_first() else None)
 
 
 def read_record(workdir: pathlib.Path, config: Config) -> dict[str, Any] | None:

@@ -107,7 +107,8 @@ setup() {
 run() {
   on_hosts all "if kill -0 \$(cat dtm_jax.pid 2> /dev/null) 2> /dev/null; then\
  echo 'a run is there; stop it first' >&2; exit 1; fi;\
- cd dtm_jax && { setsid $(quote ../.venv/bin/python -m dtm_jax.main "$@") < /dev/null >> ../dtm_jax.log 2>&1 &\
+ cd dtm_jax && { [ ! -d ../shared ] || export JAX_COMPILATION_CACHE_DIR=\$HOME/shared/compiled;\
+ setsid $(quote ../.venv/bin/python -m dtm_jax.main "$@") < /dev/null >> ../dtm_jax.log 2>&1 &\
  echo \$! > ../dtm_jax.pid; }"
 }
 

@@ -289,7 +289,7 @@ def two_steps(finished_run, tmp_path):
 
 
 def test_a_bucket_as_work_folder(fails):
-  assert fails("--workdir=gs://bucket/run").startswith("--workdir=gs://bucket/run is no folder; mount the bucket")
+  assert fails("--workdir=gs://bucket/run").startswith("--workdir=gs://bucket/run is no folder; give one on a disk")
 
 
 def test_a_file_in_the_way(fails, tmp_path):
@@ -304,6 +304,17 @@ def test_a_file_in_the_way(fails, tmp_path):
 def test_no_permission_to_write(fails, monkeypatch):
   monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
   assert "no permission to write to --workdir=" in fails()
+
+
+def test_a_file_system_that_does_not_rename_folders(fails, tmp_path, monkeypatch):
+  """As a bucket that is mounted as a folder: else the first save would fail, after hours."""
+
+  def refuse(path, target):
+    raise OSError(errno.EMFILE, "Too many open files")
+
+  monkeypatch.setattr(pathlib.Path, "rename", refuse)
+  assert f"--workdir={tmp_path}/run is on a file system that cannot rename folders (Too many open files)" in fails()
+  assert not [*(tmp_path / "run").iterdir()]
 
 
 def test_a_file_instead_of_the_checkpoints(fails, tmp_path):

@@ -36,6 +36,15 @@ def test_shipped_configs_are_found_from_any_folder(tmp_path, monkeypatch):
   assert workdir == pathlib.Path("runs/vitl")
 
 
+def test_a_page_of_another_folder_is_no_shipped_one(tmp_path, monkeypatch):
+  """A run of days would be another one than was meant."""
+  monkeypatch.chdir(tmp_path)
+  assert parse("--config=vitl.py")[0].model.variant == "L"
+  for path in (f"{tmp_path}/vitl.py", "experiments/vitl.py:smoke", "../configs/vitl.py"):
+    with pytest.raises(InputError, match="vitl.py does not exist; name a file of your own"):
+      parse(f"--config={path}")
+
+
 def test_a_file_that_is_there_goes_before_a_shipped_one(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   body = "from dtm_jax import config\n\ndef get_config():\n  c = config.base()\n  c.run.seed = 5\n  return c\n"

@@ -2,11 +2,13 @@
 
 import os
 import pathlib
+import threading
+import time
 
 import pytest
 
 from dtm_jax.errors import InputError
-from dtm_jax.files import replacing
+from dtm_jax.files import locked, replacing
 
 
 def write(path: pathlib.Path, text: str) -> None:
@@ -44,3 +46,20 @@ def test_nothing_is_left_of_what_was_interrupted(tmp_path):
     unfinished.write_text("ne")
     raise KeyboardInterrupt
   assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
+
+
+def test_a_lock_that_is_held_for_a_while_is_waited_for(tmp_path):
+  """As a network's file system holds that of a host which is no more."""
+  path, is_held, start = tmp_path / "lock", threading.Event(), time.monotonic()
+
+  def hold():
+    with locked(path, "held"):
+      is_held.set()
+      time.sleep(1)
+
+  threading.Thread(target=hold).start()
+  is_held.wait()
+  with pytest.raises(InputError, match="held"), locked(path, "held", patience=0.1):
+    pass
+  with locked(path, "held", patience=60):
+    assert time.monotonic() - start > 0.9

@@ -377,6 +377,19 @@ def test_a_head_for_classes_of_other_names_is_kept_and_told(finetuned, tmp_path,
     assert ("is kept, though its classes have other names than the data's" in caplog.text) == is_told
 
 
+def test_an_unfinished_run_to_begin_with_is_told_and_so_is_none(pretrained, tmp_path, caplog):
+  shutil.copytree(pretrained, tmp_path / "run")
+  record = json.loads((tmp_path / "run" / "config.json").read_text())
+  for total, is_told in ((record["total_steps"], False), (99, True)):
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record | {"total_steps": total}))
+    caplog.clear()
+    restore.open_checkpoint(tmp_path / "run")
+    assert (f"is at step {record['total_steps']} of 99: the run is not complete" in caplog.text) == is_told
+  with caplog.at_level(logging.INFO, logger="absl"):
+    finetuning.build(settings("")).begin()
+  assert "beginning from scratch: config.finetune.init names no run" in caplog.text
+
+
 def test_that_the_average_was_the_best_is_told(finetuned, tmp_path, caplog):
   shutil.copytree(finetuned, tmp_path / "run")
   summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -113,6 +113,8 @@ def test_an_end_before_the_checkpoint_is_refused_and_a_later_one_told(tmp_path, 
 
   with pytest.raises(InputError, match="the checkpoint is at step 3, beyond the run's end at 2"):
     run_for(2)
+  with (tmp_path / "metrics.jsonl").open("a") as file:  # of a step after the checkpoint, on the old cosine
+    file.write(json.dumps(runs.rows(tmp_path)[-1] | {"step": 4, "lr": 99.0}) + "\n")
   compared, check_same = {}, distributed.check_same
   monkeypatch.setattr(
     distributed, "check_same", lambda values, *remedy: compared.update(values) or check_same(values, *remedy)
@@ -121,6 +123,8 @@ def test_an_end_before_the_checkpoint_is_refused_and_a_later_one_told(tmp_path, 
     assert run_for(6)
   assert compared["params_sha256"] == runs.summary(tmp_path)["params_sha256"]
   assert "it was a run of 5 steps before; from here on the learning rate is that of one of 6" in caplog.text
+  rates = [row["lr"] for row in runs.rows(tmp_path) if "lr" in row]
+  assert len(rates) == 6 and max(rates) < 1
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 4])

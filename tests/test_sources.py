@@ -1,4 +1,5 @@
 import collections
+import errno
 import io
 import json
 import os
@@ -16,7 +17,7 @@ from sklearn import datasets, neighbors
 import miniatures
 from dtm_jax.config import DataConfig
 from dtm_jax.data import sources
-from dtm_jax.errors import InputError
+from dtm_jax.errors import InputError, TransientError
 
 
 def pixels_of(example: sources.Example) -> np.ndarray:
@@ -139,6 +140,21 @@ def test_folder_per_class_holds_out_every_tenth_image(tmp_path):
   seen = sorted((pixels_of(s[i])[0, 0].item(), s[i].label) for s in (train, held_out) for i in range(len(s)))
   assert seen == [(100 * label + i, label) for label in (0, 1) for i in range(10)]
   assert held_out.name(1) == str(tmp_path / "bee" / "0.PNG")
+
+
+@pytest.mark.parametrize(("number", "raised"), [(errno.ESTALE, TransientError), (errno.EACCES, PermissionError)])
+def test_a_file_server_that_does_not_answer_is_no_fault_of_the_image(tmp_path, monkeypatch, number, raised):
+  """An unreadable image would be replaced by another one."""
+  write_image(tmp_path / "0.png")
+  source = sources.FolderSource([str(tmp_path / "0.png")], np.zeros(1, int), None)
+  assert source[0].label == 0
+
+  def fail(path):
+    raise OSError(number, "no answer")
+
+  monkeypatch.setattr(pathlib.Path, "read_bytes", fail)
+  with pytest.raises(raised):
+    source[0]
 
 
 def test_folder_with_a_folder_per_split(tmp_path):

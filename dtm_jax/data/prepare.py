@@ -34,7 +34,6 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 from array_record.python import array_record_module
-from PIL import Image
 
 from dtm_jax.data import sources, transforms
 from dtm_jax.errors import InputError, some_of
@@ -255,8 +254,8 @@ def _serialize(source: sources.Source, index: int, features: tfds.features.Featu
   """None where the image cannot be read."""
   try:
     example = source[index]
-    Image.open(io.BytesIO(example.image)).verify()
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    transforms.check_readable(example.image)
+  except (OSError, transforms.UnreadableImageError):
     return None
   values = {"image": io.BytesIO(example.image), "label": example.label}
   return features.serialize_example({name: values[name] for name in features})

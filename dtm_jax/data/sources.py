@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from dtm_jax.config import DataConfig
-from dtm_jax.errors import InputError
+from dtm_jax.errors import InputError, TransientError, is_of_network
 
 NO_LABEL = -1
 MAX_LABELS = 64  # of one image, where a data set has images of several classes
@@ -185,7 +185,13 @@ class FolderSource:
     return len(self._paths)
 
   def __getitem__(self, index: int) -> Example:
-    return Example(pathlib.Path(self._paths[index]).read_bytes(), int(self._labels[index]))
+    path = pathlib.Path(self._paths[index])
+    try:
+      return Example(path.read_bytes(), int(self._labels[index]))
+    except OSError as error:
+      if is_of_network(error.errno):  # no fault of the image
+        raise TransientError(f"cannot read {path} ({error.strerror}); run the same command again") from error
+      raise
 
   def name(self, index: int) -> str:
     return self._paths[index]

@@ -46,6 +46,17 @@ class UnreadableImageError(Exception):
   """The bytes are no image, are truncated, or describe an absurdly large one."""
 
 
+def check_readable(data: bytes) -> None:
+  """Raises UnreadableImageError where an encoded image cannot be decoded to its end."""
+  try:
+    image = Image.open(io.BytesIO(data))
+    # Of a JPEG at its smallest scale: all of its bytes are read, few of its pixels made.
+    image.draft(None, (max(1, image.width // max(_DCT_SCALES)), max(1, image.height // max(_DCT_SCALES))))
+    image.load()
+  except _DECODE_ERRORS as error:
+    raise UnreadableImageError(str(error)) from error
+
+
 def train_image(
   data: bytes,
   rng: np.random.Generator,

@@ -25,6 +25,9 @@ COMPILED = "compiled"  # programs that cells of one kind share
 _BEGAN_WITH = ("teacher_sha256", "init_sha256", "params_sha256")  # entries of the record, of a task each
 _POLL_SECONDS = 0.1
 _MAX_CPU_JOBS = 8  # each takes about a GiB of memory
+# On CPUs, XLA maps a step's temporary memory anew in each step, which in small pages takes a good part of its time
+# (benchmarks/huge_pages.py).
+_HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,12 +153,12 @@ class Runner:
   def _start(self, cell: Cell, slot: Slot) -> _Running:
     workdir = self.folder / cell.name
     workdirs.create(workdir)
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(self.folder / COMPILED)}
+    defaults = _HUGE_PAGES | {"JAX_COMPILATION_CACHE_DIR": str(self.folder / COMPILED)}
     (workdir / DONE_FILE).unlink(missing_ok=True)
     with (workdir / LOG_FILE).open("a") as log, _confined_to(slot.cores):
       process = subprocess.Popen(
         [sys.executable, "-m", "dtm_jax.main", *cell.arguments, f"--workdir={workdir}"],
-        env=cache | os.environ | slot.environment,
+        env=defaults | os.environ | slot.environment,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,

@@ -1,6 +1,7 @@
 """Damaged checkpoints, full disks, read-only folders: what is good stays, and the run goes on from it."""
 
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -19,9 +20,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 import runs
-from dtm_jax import checkpoint
+from dtm_jax import checkpoint, console
 from dtm_jax.checkpoint import CheckpointStore
-from dtm_jax.errors import InputError
+from dtm_jax.errors import InputError, TransientError
 from dtm_jax.train_state import NEVER, TrainState
 
 # Orbax leaves the tasks that read the other arrays to the garbage collector.
@@ -198,6 +199,28 @@ def test_the_systems_reason_is_told_wherever_it_stands(end):
   assert checkpoint._brief(ValueError(text)) == "No space left on device"
   assert checkpoint._brief(ValueError("x" * 199 + "\n more")) == "x" * 199
   assert checkpoint._brief(PermissionError(13, "Permission denied", "a", None, "b")) == "Permission denied"
+
+
+@pytest.mark.parametrize(
+  ("error", "told"),
+  [
+    (OSError(errno.ESTALE, "stale"), TransientError),
+    (ValueError(f"NOT_FOUND: ... [os_error_code='{errno.ETIMEDOUT}']"), TransientError),
+    (OSError(errno.ENOSPC, "full"), InputError),
+    (jax.errors.JaxRuntimeError("INTERNAL: of a device"), jax.errors.JaxRuntimeError),
+  ],
+  ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_may_pass_is_told_from_what_has_to_be_mended(tmp_path, error, told):
+  """Schedulers try again where exit code 1 asks them to, and not after 2."""
+
+  def fail():
+    raise error
+
+  with contextlib.closing(CheckpointStore(tmp_path, keep=1)) as store, pytest.raises(told) as raised:
+    store._checked(fail)
+  codes = {TransientError: console.EXIT_FAILED, InputError: console.EXIT_INPUT}
+  assert console.tell(raised.value) == codes.get(told)
 
 
 def test_checkpoints_name_the_classes_of_orbax(saved):

@@ -142,6 +142,49 @@ def test_an_evaluation_is_left_and_made_again(tmp_path, number, outcome):
 
 
 @pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.fault("SIGTERM, SIGINT", "in the evaluation after the last step")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_last_evaluation_is_left_and_made_again(tmp_path, number, outcome):
+  workdir, compiled, settings = tmp_path / "run", tmp_path / "compiled", {"run__steps": 1, "eval__knn": True}
+  long = runs.options(workdir, **settings, eval__batch_size=1, eval__max_train_images=512)
+  process = runs.start(long, compiled)
+  seconds, stderr = stop_when(lambda: num_rows(workdir) == 2, process, number)  # an evaluation and a step
+  assert "stopped and saved at step 1" in stderr
+  assert (runs.checkpoints(workdir), num_rows(workdir)) == ([1], 2)
+  code, stderr = runs.finish(runs.start(long, compiled))
+  assert code == 0, stderr
+  assert [row["step"] for row in runs.rows(workdir)] == [0, 1, 1]
+  assert "knn_top1" in runs.summary(workdir)
+  outcome("143, saved, made again", seconds)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.fault("SIGTERM, SIGINT", "while a checkpoint is read")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_checkpoint_that_is_read_stays(tmp_path, compile_cache, number, outcome):
+  """It is large, and nothing is lost: the run ends before its loop or at the first chance in it."""
+  workdir = tmp_path / "run"
+  large = {"model__variant": "B", "run__checkpoint_every_steps": 1}
+  runs.train(workdir, compile_cache, **large, run__steps=1)
+  folder = str(workdir / "checkpoints" / "1")
+  process = runs.start(runs.options(workdir, **large, run__steps=2), compile_cache)
+  seconds, _ = stop_when(lambda: any(path.startswith(folder) for path in open_files(process.pid)), process, number)
+  assert runs.checkpoints(workdir) == [1]
+  code, stderr = runs.finish(runs.start(runs.options(workdir, **large, run__steps=2), compile_cache))
+  assert (code, "resuming at step 1 of 2" in stderr) == (0, True), stderr
+  outcome("143, nothing lost", seconds)
+
+
+def open_files(pid: int):
+  """Paths of what a process has open."""
+  for path in pathlib.Path(f"/proc/{pid}/fd").glob("*"):
+    with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+      yield str(path.readlink())
+
+
+@pytest.mark.slow
 @pytest.mark.fault("SIGTERM, SIGINT", "in a step, while data workers start, in a save")
 def test_at_many_moments_a_run_loses_nothing(tmp_path, compile_cache, reference, outcome):
   """One run that is stopped again and again."""
@@ -196,6 +239,23 @@ def test_a_pair_ends_after_its_first_compile(tmp_path, number, outcome):
     assert saved in ([0], [1], [2]), stderr
     assert f"stopped and saved at step {saved[0]}" in stderr
   outcome(f"143 both, saved: {saved}", seconds)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.fault("SIGTERM, SIGINT to one of two processes", "in an evaluation")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_pair_leaves_an_evaluation_and_makes_it_again(tmp_path, number, outcome):
+  workdir, compiled, settings = tmp_path / "run", tmp_path / "compiled", {"run__steps": 1, "eval__knn": True}
+  long = runs.options(workdir, **settings, eval__batch_size=2, eval__max_train_images=1024)
+  pair = runs.start_pair(long, compiled)
+  seconds, stderr = stop_pair_when(lambda: [*compiled.glob("jit_features*-cache")], pair, number)
+  assert "stopped and saved at step 0" in stderr
+  assert not num_rows(workdir)
+  for code, stderr in map(runs.finish, runs.start_pair(runs.options(workdir, **settings), compiled)):
+    assert code == 0, stderr
+  assert "knn_top1_before" in runs.summary(workdir)
+  outcome("143 both, saved, made again", seconds)
 
 
 @pytest.mark.slow
