@@ -13,9 +13,9 @@ exit code is 2 where it does not fit.
 Several processes train as one where the environment says so: Slurm, a TPU pod, Open MPI, an indexed Kubernetes job, or
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, as `launch/local.sh N ARGS...` sets them.
 
-Exit codes: 0 done; 1 another process has failed, or an error of the program itself, with its traceback; 2 wrong usage,
-config or data, or devices without enough memory; 3 loss not finite; 143 stopped by a signal, what there was to save
-saved.
+Exit codes: 0 done; 1 another process has failed, a file server does not answer, or an error of the program itself, with
+its traceback; 2 wrong usage, config or data, or devices without enough memory; 3 loss not finite; 143 stopped by a
+signal, what there was to save saved.
 """
 
 import pathlib
