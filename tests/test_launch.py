@@ -320,6 +320,9 @@ def test_a_pod_runs_main_with_a_shared_folder_and_nothing_of_its_own(manifest):
   assert container["resources"]["requests"] == container["resources"]["limits"]
 
 
+KEPT_PROGRAMS = {"name": "JAX_COMPILATION_CACHE_DIR", "value": "/shared/compiled"}  # or each restart compiles
+
+
 def test_a_slice_has_a_process_for_each_of_its_hosts():
   [replicated] = jobset("gke_jobset.yaml")["spec"]["replicatedJobs"]
   job = replicated["template"]["spec"]
@@ -327,7 +330,7 @@ def test_a_slice_has_a_process_for_each_of_its_hosts():
   sides = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
   [container] = pod["containers"]
   assert job["completions"] * container["resources"]["limits"]["google.com/tpu"] == math.prod(map(int, sides))
-  assert "env" not in container  # jax finds what GKE sets
+  assert container["env"] == [KEPT_PROGRAMS]  # jax finds what GKE sets
 
 
 def test_gpu_nodes_find_each_other():
@@ -338,6 +341,7 @@ def test_gpu_nodes_find_each_other():
   env = {variable["name"]: variable.get("value", variable.get("valueFrom")) for variable in container["env"]}
   port = container["ports"][0]["containerPort"]
   assert env == {
+    KEPT_PROGRAMS["name"]: KEPT_PROGRAMS["value"],
     "JAX_COORDINATOR_ADDRESS": f"{name}-{replicated['name']}-0-0.{name}:{port}",
     "JAX_NUM_PROCESSES": str(job["completions"]),
     "JAX_PROCESS_ID": {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}},
