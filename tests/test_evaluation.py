@@ -207,7 +207,9 @@ def test_other_images_under_the_same_settings_are_refused(run, tmp_path, capsys)
 def test_what_is_set_goes_before_the_run():
   """A run's data, or another source with the run's normalisation and crop."""
   trained = config_lib.Config(
-    data=DataConfig(source="folder", path="a", mean=(0.1, 0.2, 0.3), eval_crop=1.0, num_workers=0, image_size=32)
+    data=DataConfig(
+      source="folder", path="a", mean=(0.1, 0.2, 0.3), eval_crop=1.0, num_workers=0, image_size=32, num_masked=2
+    )
   )
   student = ViT(width=8, depth=1, heads=1, layer_scale=0, patch_size=16, grid=(2, 2), out_dim=4)
   checkpoint = evaluation.Checkpoint(pathlib.Path("run"), "student", 3, student, {}, None, trained)
