@@ -75,6 +75,7 @@ def test_a_preempted_job_saves_is_requeued_and_ends_as_if_nothing_had_been(slurm
   wait_until(slurm, job, lambda: (workdir / "metrics.jsonl").exists() and len(runs.rows(workdir)) >= 3)
   urgent = submit_two(slurm, undisturbed, "--partition=urgent", "--exclusive")
   wait_until(slurm, job, lambda: slurm.job(job)["Restarts"] == "1" or has_ended(slurm, job))
+  wait_until(slurm, job, lambda: "stopped and saved at step" in log(slurm, job) or has_ended(slurm, job))
   [saved] = runs.checkpoints(workdir)
   assert 3 <= saved < NUM_STEPS
   for name in (urgent, job):
