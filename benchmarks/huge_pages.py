@@ -1,4 +1,4 @@
-"""Images per second of training on CPUs with huge pages of memory beside without them.
+"""Images per second of the quickstart on CPUs with huge pages of memory beside without them.
 
   python benchmarks/huge_pages.py [--rounds=2] [--json=FILE]
 
@@ -14,15 +14,17 @@ import tempfile
 from typing import Any
 
 from common import argument_parser, in_turns, median_ratio, quartiles, report, warn_if_busy, write_json
-from processes import make_runs, train
-from waiting import write_images
+from processes import train
 
 PAGES = {"without": "", "with": "glibc.malloc.hugetlb=1"}
 
 
-def compare(name: str, page: str, settings: dict[str, Any], rounds: int, folder: pathlib.Path) -> dict[str, Any]:
-  """One row of the table: one process with one device, which has all cores."""
-  run = functools.partial(train, page, settings, 1, 1, folder=folder)
+SETTINGS = {"run.steps": 120, "data.batch_size": 64}  # of the quickstart
+
+
+def compare(rounds: int, folder: pathlib.Path) -> dict[str, Any]:
+  """The row of the table: one process with one device, which has all cores."""
+  run = functools.partial(train, "quickstart", SETTINGS, 1, 1, folder=folder)
   seconds = in_turns(
     {
       kind: lambda _, tunables=tunables: run(environment={"GLIBC_TUNABLES": tunables})
@@ -31,8 +33,8 @@ def compare(name: str, page: str, settings: dict[str, Any], rounds: int, folder:
     rounds,
   )
   return {
-    "run": name,
-    "batch": settings["data.batch_size"],
+    "run": "quickstart",
+    "batch": SETTINGS["data.batch_size"],
     **{f"{kind}_images_per_second": 1 / statistics.median(times) for kind, times in seconds.items()},
     "ratio": median_ratio(seconds["with"], seconds["without"]),
     "quartiles": quartiles([a / b for a, b in zip(seconds["with"], seconds["without"], strict=True)]),
@@ -43,9 +45,7 @@ def main() -> None:
   options = argument_parser(__doc__, rounds=2).parse_args()
   warn_if_busy()
   with tempfile.TemporaryDirectory() as name:
-    folder = pathlib.Path(name)
-    write_images(folder / "images")
-    rows = [compare(name, *run, options.rounds, folder) for name, run in make_runs(folder / "images").items()]
+    rows = [compare(options.rounds, pathlib.Path(name))]
   columns = {
     "run": ("run", ""),
     "batch": ("batch", "d"),
