@@ -306,7 +306,7 @@ class CheckpointStore:
 
 def _error_number(error: Exception) -> int | None:
   """The system's, which tensorstore has somewhere in a long line."""
-  if isinstance(error, OSError):
+  if isinstance(error, OSError) and error.errno:
     return error.errno
   found = re.search(r"\[os_error_code=\D*(\d+)", str(error))
   return found and int(found[1])

@@ -68,9 +68,9 @@ def _create(workdir: pathlib.Path) -> None:
 def _check_renaming(empty: pathlib.Path, workdir: pathlib.Path) -> None:
   """Checkpoints become whole by it, and buckets that are mounted as folders may not have it."""
   inner = empty / "unfinished" / "inner"
+  inner.mkdir(parents=True)
+  (inner / "file").touch()
   try:
-    inner.mkdir(parents=True)
-    (inner / "file").touch()
     inner.parent.rename(empty / "finished")
   except OSError as error:
     raise InputError(
