@@ -372,6 +372,9 @@ def test_stopped_or_killed_the_same_command_goes_on(page, tmp_path, compile_cach
   [child] = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
   slots = runner.cpu_slots(sorted(os.sched_getaffinity(0)), None)
   assert os.sched_getaffinity(int(child)) in [slot.cores for slot in slots]
+  environment = pathlib.Path(f"/proc/{child}/environ").read_text().split("\0")
+  assert f"GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES', 'glibc.malloc.hugetlb=1')}" in environment
+  assert f"JAX_COMPILATION_CACHE_DIR={compile_cache}" in environment  # the user's goes before the study's own
   process.kill()
   runs.finish(process)
   with (

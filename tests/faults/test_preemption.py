@@ -177,6 +177,26 @@ def test_a_checkpoint_that_is_read_stays(tmp_path, compile_cache, number, outcom
   outcome("143, nothing lost", seconds)
 
 
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.fault("SIGTERM, SIGINT", "while weights are read")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_weights_that_are_read_leave_nothing_half_begun(tmp_path, compile_cache, number, outcome):
+  """They are large, and nothing is lost: the run ends before its loop or at the first chance in it."""
+  pretrained, workdir = tmp_path / "pretrained", tmp_path / "run"
+  large = {"model__variant": "B", "run__steps": 1}
+  runs.train(pretrained, compile_cache, **large)
+  page = f"--config={runs.ROOT}/configs/finetune_quickstart.py:smoke"
+  words = [page, *runs.options(workdir, **large, finetune__init=pretrained)[1:]]
+  folder = str(pretrained / "checkpoints" / "1")
+  process = runs.start(words, compile_cache)
+  seconds, _ = stop_when(lambda: any(path.startswith(folder) for path in open_files(process.pid)), process, number)
+  code, stderr = runs.finish(runs.start(words, compile_cache))
+  assert code == 0, stderr
+  assert runs.summary(workdir)["steps"] == 1
+  outcome("143, nothing lost", seconds)
+
+
 def open_files(pid: int):
   """Paths of what a process has open."""
   for path in pathlib.Path(f"/proc/{pid}/fd").glob("*"):
