@@ -20,7 +20,7 @@ Scales:
   seeds  token-wise and DTM of `arms`, six other seeds. 50 runs, 50 minutes beside other work
   long   49 tokens, the classifier of 2,000 images, ten passes instead of two thirds of one. 26 runs
   hog    49 tokens, raw HOG and a student of it: teachers without labels. 86 runs, 72 minutes beside other work
-  tokens 196 tokens as in the paper, a student of raw HOG. 26 runs; begun, not finished
+  tokens 196 tokens as in the paper, a student of raw HOG. 26 runs, two hours
   noisy  49 tokens, raw HOG of images with sensor noise, which benchmarks/noisy_images.py makes. 48 runs, 25 minutes
   gpu    196 tokens, all arms and teachers, ViT-S in bfloat16. Not run
 
