@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -44,6 +45,20 @@ def uninterrupted(tmp_path_factory):
   return workdir
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+  """After one step."""
+  workdir = tmp_path_factory.mktemp("stopped")
+  assert not run(workdir, stop_after=1)
+  return workdir
+
+
+@pytest.fixture
+def again(stopped, tmp_path):
+  """A copy of it to go on with."""
+  return shutil.copytree(stopped, tmp_path / "again")
+
+
 @pytest.mark.slow
 def test_unreadable_images_are_remembered(tmp_path):
   """The count and the bound are those of the whole run, not of its last part."""
@@ -67,32 +82,30 @@ def test_unreadable_images_are_remembered(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["teacher_sha256", "train_images", "train_sha256", "resampler"])
-def test_other_inputs_than_the_run_began_with_are_refused(tmp_path, name):
-  assert not run(tmp_path, stop_after=1)
-  record = json.loads((tmp_path / "config.json").read_text())
-  (tmp_path / "config.json").write_text(json.dumps(record | {name: "other"}))
+def test_other_inputs_than_the_run_began_with_are_refused(again, name):
+  record = json.loads((again / "config.json").read_text())
+  (again / "config.json").write_text(json.dumps(record | {name: "other"}))
   with pytest.raises(InputError, match=f"was begun with {name}='other', and now it is"):
-    run(tmp_path)
+    run(again)
 
 
-def test_a_record_of_an_older_version_may_lack_entries(tmp_path):
-  assert not run(tmp_path, stop_after=1)
-  record = json.loads((tmp_path / "config.json").read_text())
+def test_a_record_of_an_older_version_may_lack_entries(again):
+  record = json.loads((again / "config.json").read_text())
   del record["train_sha256"]
-  (tmp_path / "config.json").write_text(json.dumps(record))
-  assert run(tmp_path)
+  (again / "config.json").write_text(json.dumps(record))
+  assert not run(again, stop_after=1)
+  assert runs.checkpoints(again)[-1] == 2
 
 
-def test_two_at_a_time_are_refused(tmp_path):
-  assert not run(tmp_path, stop_after=1)
-  before = (tmp_path / "config.json").read_bytes()
+def test_two_at_a_time_are_refused(again):
+  before = (again / "config.json").read_bytes()
   with (
-    workdir_lib.locked(tmp_path),
-    pytest.raises(InputError, match=f"another process is at work in {tmp_path}; wait for it"),
+    workdir_lib.locked(again),
+    pytest.raises(InputError, match=f"another process is at work in {again}; wait for it"),
   ):
-    run(tmp_path)
-  assert (tmp_path / "config.json").read_bytes() == before
-  assert run(tmp_path)
+    run(again)
+  assert (again / "config.json").read_bytes() == before
+  assert not run(again, stop_after=0)
 
 
 def test_a_complete_run_tells_of_other_inputs(uninterrupted, caplog):
