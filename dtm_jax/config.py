@@ -31,6 +31,7 @@ VARIANTS = ("tiny", "S", "B", "L")
 DISTANCES = ("smooth_l1", "l1", "l2", "negative_cosine")
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("matmul", "xla", "cudnn")
+OPTIMIZERS = ("adamw", "sgd")
 LINEAR_SOLVERS = ("lbfgs", "sgd", "lars")
 BIAS_TABLES = ("both", "shared", "own")
 
@@ -280,21 +281,24 @@ class FinetuneConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-  """AdamW with linear warm-up from 0 and a cosine to `min_lr`, per step."""
+  """AdamW or SGD with linear warm-up from 0 and a cosine to `min_lr`, per step."""
 
+  name: str = "adamw"  # "sgd" has momentum
   base_lr: float = 1.5e-3
   base_batch_size: int = 2048  # lr = base_lr * sqrt(batch_size / base_batch_size)
   min_lr: float = 1e-5
   warmup_epochs: float = 10.0
-  betas: tuple[float, float] = (0.9, 0.98)
-  eps: float = 1e-8
-  weight_decay: float = 0.05
+  betas: tuple[float, float] = (0.9, 0.98)  # of "adamw"
+  eps: float = 1e-8  # of "adamw"
+  momentum: float = 0.9  # of "sgd"
+  weight_decay: float = 0.05  # times the learning rate; "sgd", too, keeps it out of its momentum
   layer_decay: float = 1.0  # of the learning rate, per layer from the head down; 1 is the same rate for all
   clip_norm: float | None = 3.0  # global norm; None does not clip
   ema_decay: float | None = None  # of an average of the weights, for evaluation; None keeps none
   accumulate_steps: int = 1  # micro-batches per optimiser step
 
   def __post_init__(self):
+    _require_choice("optim.name", self.name, OPTIMIZERS)
     _require_positive("optim", self, "base_lr", "base_batch_size", "eps", "clip_norm", "accumulate_steps")
     _require(self.min_lr >= 0, f"config.optim.min_lr={self.min_lr} must not be negative")
     _require(self.warmup_epochs >= 0, f"config.optim.warmup_epochs={self.warmup_epochs} must not be negative")
@@ -304,6 +308,7 @@ class OptimConfig:
       self.ema_decay is None or 0 <= self.ema_decay < 1, f"config.optim.ema_decay={self.ema_decay} must be in [0, 1)"
     )
     _require(all(0 <= b < 1 for b in self.betas), f"config.optim.betas={self.betas} must be in [0, 1)")
+    _require(0 <= self.momentum < 1, f"config.optim.momentum={self.momentum} must be in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)

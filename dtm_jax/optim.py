@@ -1,4 +1,4 @@
-"""AdamW with the recipe's schedule, decay mask and clipping, from optax's parts."""
+"""AdamW and SGD with the recipe's schedule, decay mask and clipping, from optax's parts."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -124,13 +124,21 @@ def averaged_params(opt_state: optax.OptState) -> Any:
 
 
 def create_optimizer(config: OptimConfig, schedule: Schedule) -> optax.GradientTransformation:
-  """Clipping, AdamW with decoupled decay as `torch.optim.AdamW` has it, each layer's learning rate, an average."""
+  """Clipping, the optimizer with decoupled decay, each layer's learning rate, an average.
+
+  "adamw" is `torch.optim.AdamW`, "sgd" is `torch.optim.SGD` but for its decay, which momentum does not gather (as
+  in big_vision's recipes).
+  """
+  direction = {
+    "adamw": lambda: optax.scale_by_adam(*config.betas, eps=config.eps),
+    "sgd": lambda: optax.trace(config.momentum),
+  }[config.name]()
   clip = optax.identity() if config.clip_norm is None else clip_by_global_norm(config.clip_norm)
   layers = optax.identity() if config.layer_decay == 1 else scale_by_layer(config.layer_decay)
   average = [] if config.ema_decay is None else [average_params(config.ema_decay)]
   return optax.chain(
     clip,
-    optax.scale_by_adam(*config.betas, eps=config.eps),
+    direction,
     optax.add_decayed_weights(config.weight_decay, decay_mask),
     layers,
     optax.scale_by_learning_rate(schedule),

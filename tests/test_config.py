@@ -90,6 +90,8 @@ BAD = [
   ({"data.batch_size": True}, "config.data.batch_size=True must be of type int, not bool"),
   ({"data.source": "web"}, "config.data.source='web' is not one of digits, tfds, folder, synthetic"),
   ({"data.source": "folder"}, "needs config.data.path"),
+  ({"optim.name": "adam"}, "config.optim.name='adam' is not one of adamw, sgd"),
+  ({"optim.momentum": 1.0}, "config.optim.momentum=1.0 must be in [0, 1)"),
   ({"data.crop_scale": (0.5,)}, "must have 2 elements"),
   ({"data.crop_scale": (0.9, 0.5)}, "0 < low <= high <= 1"),
   ({"data.colour": 1}, "config.data.colour does not exist; config.data has source"),

@@ -204,8 +204,10 @@ def test_a_folder_in_the_way_is_told_before_the_work(capsys, monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("words", [["record", "--out=trace.npz"], ["compare"]])
-def test_a_config_without_training_is_refused(capsys, monkeypatch, tmp_path, words):
+def test_a_config_that_pytorch_has_no_step_for_is_refused(capsys, monkeypatch, tmp_path, words):
   monkeypatch.chdir(tmp_path)
   assert main(["numerics", *words, f"--config={ROOT}/configs/evaluate.py", "--config.eval.checkpoint=x"]) == 2
   assert "config.task='evaluate' has no training step" in capsys.readouterr().err
+  assert main(["numerics", *words, SMOKE, "--config.optim.name=sgd"]) == 2
+  assert "config.optim.name='sgd' has no reference in PyTorch here" in capsys.readouterr().err
   assert not [*tmp_path.iterdir()]

@@ -65,7 +65,8 @@ def test_decayed_parameters_are_the_recorded_ones(golden):
 
 
 @pytest.mark.parametrize("max_norm", [0.3, 1e3])
-def test_steps_equal_torch_adamw_with_clipping(max_norm):
+@pytest.mark.parametrize(("name", "decay"), [("adamw", 0.1), ("sgd", 0.0)])
+def test_steps_equal_torchs_with_clipping(name, decay, max_norm):
   torch = pytest.importorskip("torch")
   rng = np.random.default_rng(0)
   start = {"kernel": rng.normal(size=(3, 4)).astype(np.float32), "bias": rng.normal(size=4).astype(np.float32)}
@@ -73,21 +74,36 @@ def test_steps_equal_torch_adamw_with_clipping(max_norm):
   rates = [0.0, 1e-2, 2e-2, 1e-2, 5e-3]
 
   theirs = {name: torch.nn.Parameter(torch.tensor(v)) for name, v in start.items()}
-  groups = [{"params": [theirs["kernel"]], "weight_decay": 0.1}, {"params": [theirs["bias"]], "weight_decay": 0.0}]
-  adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-8)
-  optimizer = create_optimizer(OptimConfig(weight_decay=0.1, clip_norm=max_norm), lambda step: jnp.asarray(rates)[step])
+  groups = [{"params": [theirs["kernel"]], "weight_decay": decay}, {"params": [theirs["bias"]], "weight_decay": 0.0}]
+  kind, settings = {
+    "adamw": (torch.optim.AdamW, {"betas": (0.9, 0.98), "eps": 1e-8}),
+    "sgd": (torch.optim.SGD, {"momentum": 0.9}),
+  }[name]
+  reference = kind(groups, lr=0.0, **settings)
+  config = OptimConfig(name=name, weight_decay=decay, clip_norm=max_norm)
+  optimizer = create_optimizer(config, lambda step: jnp.asarray(rates)[step])
   params, state = start, optimizer.init(start)
   for rate, grad in zip(rates, grads, strict=True):
-    for name, parameter in theirs.items():
-      parameter.grad = torch.tensor(grad[name])
+    for key, parameter in theirs.items():
+      parameter.grad = torch.tensor(grad[key])
     torch.nn.utils.clip_grad_norm_(theirs.values(), max_norm)
-    for group in adamw.param_groups:
+    for group in reference.param_groups:
       group["lr"] = rate
-    adamw.step()
+    reference.step()
     updates, state = optimizer.update(grad, state, params)
     params = optax.apply_updates(params, updates)
-  expected = {name: parameter.detach().numpy() for name, parameter in theirs.items()}
+  expected = {key: parameter.detach().numpy() for key, parameter in theirs.items()}
   chex.assert_trees_all_close(params, expected, atol=1e-6)  # measured 1.2e-7
+
+
+def test_the_decay_of_sgd_is_not_gathered_in_its_momentum():
+  optimizer = create_optimizer(OptimConfig(name="sgd", weight_decay=0.1), lambda step: 0.5)
+  params, state = PARAMS, optimizer.init(PARAMS)
+  for _ in range(3):
+    updates, state = optimizer.update(jax.tree.map(np.zeros_like, PARAMS), state, params)
+    params = optax.apply_updates(params, updates)
+  np.testing.assert_allclose(params["kernel"], PARAMS["kernel"] * 0.95**3, rtol=1e-6)
+  np.testing.assert_array_equal(params["bias"], PARAMS["bias"])
 
 
 def test_clipping_divides_by_the_norm_plus_torchs_epsilon():

@@ -23,9 +23,9 @@ TRAIN, VALIDATION, TEST = [0, 9, 1, 8, 2, 7, 3, 6, 4, 5, 0, 1], [5, 4, 3], [3, 1
 # Where accuracy is reported, by the papers on each set.
 EVALUATED = {"inat2018": "validation", "inat2021": "val"}
 COMPILED = "flowers"  # the others' rates make other programs
-# Each recipe once, the other sets by those who ask for `long` tests.
+# Each optimizer once, the other sets by those who ask for `long` tests.
 OTHERS = [
-  pytest.param(name, marks=[pytest.mark.slow] + [pytest.mark.long] * (name not in ("inat2018", "cifar100")))
+  pytest.param(name, marks=[pytest.mark.slow] + [pytest.mark.long] * (name != "pets"))
   for name in transfer.SETS
   if name != COMPILED
 ]
@@ -117,22 +117,24 @@ def test_a_label_that_is_no_class_is_told(tmp_path):
     parts.place(next(batches))
 
 
-FINE_GRAINED = ("cub200", "cars", "dogs", "flowers", "pets")
-PUBLISHED = {  # batch size, learning rate, epochs: see the config's sources
-  "inat2018": (768, 7.5e-5, 360),
-  "cifar10": (768, 7.5e-6, 1000),
-  "cifar100": (768, 5e-6, 1000),
-} | dict.fromkeys(FINE_GRAINED, (384, 5e-4 / 256 * 384, 100))
+FINE_GRAINED = ("cub200", "cars", "dogs", "flowers")
+PUBLISHED = {  # batch size, learning rate, passes, those of warm-up: see the config's sources
+  "inat2018": (768, 7.5e-5, 360, 5),
+  "inat2021": (512, 5e-5, 300, 20),
+  "cifar10": (768, 7.5e-6, 1000, 5),
+  "cifar100": (768, 5e-6, 1000, 5),
+} | dict.fromkeys(FINE_GRAINED, (384, 5e-4 / 256 * 384, 100, 5))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_recipes(name):
   config = config_lib.resolve(transfer.get_config(name))
-  batch_size, rate, epochs = PUBLISHED[name]
+  batch_size, rate, epochs, warmup = PUBLISHED[name]
   assert (config.data.batch_size, config.run.epochs) == (batch_size, epochs)
   assert config.peak_lr == pytest.approx(rate)
-  assert (config.optim.warmup_epochs, config.optim.layer_decay, config.optim.betas) == (5, 1, (0.9, 0.999))
+  assert (config.optim.warmup_epochs, config.optim.layer_decay, config.optim.betas) == (warmup, 1, (0.9, 0.999))
   assert config.optim.min_lr < rate
+  assert config.data.image_size == (384 if name == "inat2021" else 224)
   decay, mixing, changes = (
     (0.01, (0, 0, 0), ("square", ""))
     if name in FINE_GRAINED
@@ -141,6 +143,16 @@ def test_published_recipes(name):
   assert (config.optim.weight_decay, config.model.drop_path) == (decay, 0.1)
   assert (config.finetune.mixup, config.finetune.cutmix, config.finetune.label_smoothing) == mixing
   assert (config.data.train_crop, config.data.rand_augment) == changes
+
+
+def test_the_published_recipe_for_pets():
+  config = config_lib.resolve(transfer.get_config("pets"))
+  assert (config.total_steps(3680), config.warmup_steps(3680)) == (500, 100)
+  assert (config.data.batch_size, config.data.image_size, config.peak_lr) == (512, 384, 3e-3)
+  optim, mixing = config.optim, config.finetune
+  assert (optim.name, optim.momentum, optim.clip_norm) == ("sgd", 0.9, 1)
+  assert (optim.weight_decay, optim.layer_decay, optim.min_lr, config.model.drop_path) == (0, 1, 0, 0)
+  assert (mixing.mixup, mixing.cutmix, mixing.label_smoothing, mixing.erase_prob) == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("form", ["", "smoke", "cub", "cub200 smoke"])

@@ -182,6 +182,8 @@ def open_case(
     raise InputError("config.task='evaluate' has no training step; give the config of a training run")
   if asked.task == "finetune" and (student_file or teacher_file):
     raise InputError("fine-tuning has no --student and no --teacher; set config.finetune.init to weights to begin with")
+  if asked.optim.name != "adamw":
+    raise InputError(f"config.optim.name={asked.optim.name!r} has no reference in PyTorch here; leave it out")
   model = dataclasses.replace(asked.model, dtype=dtype, scan_layers=False)
   if model.attention == "cudnn" and dtype != "bfloat16":
     model = dataclasses.replace(model, attention="xla")
