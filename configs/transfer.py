@@ -28,7 +28,7 @@ each model; here it is the second until you have chosen yours:
 Not as there: bicubic resampling, warm-up by steps, for other batch sizes the rate by their square root, and Flowers is
 trained on its validation images, too.
 
-Pets: ViT's (arXiv 2010.11929, settings from transfer.py of github.com/google-research/big_vision): SGD with momentum for
+Pets: ViT's (arXiv 2010.11929, settings from github.com/google-research/big_vision, its transfer.py): SGD with momentum,
 500 steps of 512 images, no decay, gradients of norm 1 at most, 384 pixels, crops and flips. The rate is the one their
 ViT-B/32 of ImageNet-21k was best with; ViT's choice was among 1e-3, 3e-3, 1e-2 and 3e-2, to be made as above. Not as
 there: bicubic resampling, momentum in float32, and pixels scaled as in pre-training.

@@ -201,8 +201,8 @@ def load(
     attention: one of `config.ATTENTIONS`.
     batch_size: images per call of the compiled program, rounded up to a multiple of the devices. More images are done
       in as many calls, fewer are filled up, so that one compile serves all.
-    mean, std: by which images are normalised, of RGB in [0, 1]; None is the run's own and, for weights, CLIP's own for
-      CLIP and ImageNet's for the rest.
+    mean, std: by which images are normalised, of RGB in [0, 1]; None is the run's own and, for weights, what a Hugging
+      Face folder says, else CLIP's own for CLIP and ImageNet's for the rest.
 
   Raises:
     InputError: it is not there, no model, or without such a checkpoint or average; or an option is wrong.

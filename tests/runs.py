@@ -1,12 +1,17 @@
 """Runs as a user starts them: the miniature of the quickstart, in a process of its own."""
 
+import contextlib
+import functools
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
+
+import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = f"--config={ROOT}/configs/quickstart.py:smoke"
@@ -20,6 +25,17 @@ def options(workdir: pathlib.Path, **settings) -> list[str]:
   """Of a run without k-NN and pictures; `run__steps=3` sets config.run.steps."""
   quick = {"eval__knn": False, "eval__figure_images": 0} | settings
   return [SMOKE, f"--workdir={workdir}", *(f"--config.{k.replace('__', '.')}={v}" for k, v in quick.items())]
+
+
+@contextlib.contextmanager
+def built_once(task: types.ModuleType) -> Iterator[None]:
+  """Runs of a task in this process that have the same settings share data, model and compiled steps.
+
+  Most of a small run's time goes into tracing them. Runs in processes of their own share nothing.
+  """
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(task, "build", functools.cache(task.build))
+    yield
 
 
 _started: list[subprocess.Popen] = []

@@ -274,6 +274,7 @@ def paired(tmp_path_factory, images, compile_cache):
   return workdir, train(2, 1, options(workdir, images, **TEACHER), compile_cache)
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(paired, alone):
   """That both have the same parameters in the end they compare themselves, see below."""
   assert_same_rows(paired[0], alone, rtol=1e-6)
@@ -281,6 +282,7 @@ def test_two_processes_compute_what_one_does(paired, alone):
   assert runs.rows(alone)[-1]["bad_images"] == 3
 
 
+@pytest.mark.slow
 def test_only_the_first_of_two_processes_speaks(paired):
   workdir, stderr = paired
   assert "[1] error" not in stderr and "[1] step" not in stderr

@@ -44,6 +44,12 @@ def run(workdir, init="", *, stop_after=None, **changes) -> bool:
   return finetuning.run(settings(init, **changes), workdir, "test", stop)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def built_once():
+  with runs.built_once(finetuning):
+    yield
+
+
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
   """The work folder of two steps of pre-training."""

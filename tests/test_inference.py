@@ -326,7 +326,9 @@ def test_a_lowered_program_multiplies_in_float32():
   assert [line for line in products if "HIGHEST, HIGHEST" not in line] == []
 
 
-@pytest.mark.parametrize(("kind", "what"), CASES)
+@pytest.mark.parametrize(
+  ("kind", "what"), [pytest.param(*case, marks=[pytest.mark.slow] * (case[1] == "features")) for case in CASES]
+)
 def test_a_file_equals_the_model_in_a_fresh_process(kind, what, tmp_path):
   load(kind).export(tmp_path / "new" / "model.stablehlo", what)
   np.save(tmp_path / "images.npy", some_images())

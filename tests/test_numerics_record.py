@@ -76,6 +76,7 @@ def test_a_recorded_config_is_repeated(capsys, tmp_path):
   assert out.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_recorded_fine_tuning_is_repeated(capsys, tmp_path):
   size = VARIANTS["tiny"]
   torch.manual_seed(1)

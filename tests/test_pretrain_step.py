@@ -75,10 +75,11 @@ def run_steps(config: config_lib.Config, mesh_size: int | None = None):
 @pytest.mark.parametrize(
   "changes",
   [
-    {},
     {"morphing__granularity": "group", "morphing__group_size": 2, "data__color_jitter": 0.4, "model__drop_path": 0.5},
-    {"morphing__split": "random", "morphing__loss_on": "masked"},
-    {"morphing__enabled": False},
+    *(
+      pytest.param(changes, marks=pytest.mark.slow)
+      for changes in ({}, {"morphing__split": "random", "morphing__loss_on": "masked"}, {"morphing__enabled": False})
+    ),
   ],
   ids=str,
 )

@@ -38,6 +38,12 @@ def run(workdir, *, stop_after=None) -> bool:
   return pretraining.run(smoke_config(), workdir, "test", stop)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def built_once():
+  with runs.built_once(pretraining):
+    yield
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("uninterrupted")
@@ -140,7 +146,7 @@ def test_an_end_before_the_checkpoint_is_refused_and_a_later_one_told(tmp_path, 
   assert len(rates) == 6 and max(rates) < 1
 
 
-@pytest.mark.parametrize("stop_after", [0, 1, 4])
+@pytest.mark.parametrize("stop_after", [*(pytest.param(step, marks=pytest.mark.slow) for step in (0, 4)), 1])
 def test_resume_at_any_step_equals_an_uninterrupted_run(uninterrupted, tmp_path, stop_after):
   assert not run(tmp_path, stop_after=stop_after)
   assert runs.checkpoints(tmp_path)[-1] == stop_after

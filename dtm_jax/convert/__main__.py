@@ -4,8 +4,8 @@
                             [--image_size=PIXELS] [--num_classes=N [--tables=both|shared|own] [--seed=S]]
 
 IN is a weights file or model folder (released code, BEiT, Hugging Face, OpenAI's or open_clip's CLIP), or the work
-folder of a run of this program. OUT is a `.pth`, or a folder for Hugging Face's `model.safetensors` and `config.json`.
-On the way, --image_size fits bias tables to another number of patches, and --num_classes makes a fine-tuning model of a
+folder of a run of this program. OUT is a `.pth`, or a folder for Hugging Face: weights, config and image processor. On
+the way, --image_size fits bias tables to another number of patches, and --num_classes makes a fine-tuning model of a
 student.
 
 Exit codes: 0 done; 2 wrong usage, weights that cannot be read or written; 130 interrupted.
@@ -17,6 +17,8 @@ import sys
 from typing import Any, NamedTuple
 
 from dtm_jax import console
+from dtm_jax.config import DataConfig
+from dtm_jax.convert.configs import with_normalization
 from dtm_jax.convert.reading import Report, read_weights
 from dtm_jax.convert.state_dict import file_sha256, weights_file
 from dtm_jax.convert.transfer import TABLES, resize_tables, to_classifier
@@ -44,6 +46,7 @@ class _Input(NamedTuple):
   params: dict
   report: Report | None  # none for a work folder, whose names are ours
   class_names: list[str] | None = None  # which only a fine-tuning run tells
+  data: DataConfig | None = None  # of a run, or of a folder that tells mean and std
 
 
 def main(argv: list[str]) -> int:
@@ -59,7 +62,7 @@ def _convert(arguments: list[str]) -> None:
   if options.to == "release":
     save_torch(options.output, kind, params)
   else:
-    save_hugging_face(options.output, kind, params, source.class_names)
+    save_hugging_face(options.output, kind, params, source.class_names, source.data)
   _describe("read", source.path, source.kind, source.model, source.sha256, source.report)
   _describe("wrote", target, kind, sizes_of(kind, params), file_sha256(target), None)
 
@@ -114,7 +117,8 @@ def _read(options: argparse.Namespace) -> _Input:
     return _restore(path)
   kind, model, params, report = read_weights(path, strict=not options.lenient)
   file = weights_file(path)
-  return _Input(file, file_sha256(file), kind, model, params, report)
+  data = with_normalization(DataConfig(), path)
+  return _Input(file, file_sha256(file), kind, model, params, report, data=data)
 
 
 def _restore(workdir: pathlib.Path) -> _Input:
@@ -124,7 +128,7 @@ def _restore(workdir: pathlib.Path) -> _Input:
   run = restore_run(workdir)
   names = ("patch_size", "width", "depth", "heads", "grid", "out_dim" if run.kind == "student" else "num_classes")
   model = {name: getattr(run.model, name) for name in names}
-  return _Input(workdir, run.sha256, run.kind, model, run.params, None, run.class_names)
+  return _Input(workdir, run.sha256, run.kind, model, run.params, None, run.class_names, run.config.data)
 
 
 def _transfer(source: _Input, options: argparse.Namespace) -> tuple[str, dict]:

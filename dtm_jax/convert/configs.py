@@ -1,14 +1,18 @@
-"""What a config file beside the weights says, and shapes do not show: Hugging Face's and open_clip's."""
+"""What config files beside the weights say, and shapes do not show: Hugging Face's and open_clip's."""
 
+import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 
+from dtm_jax.config import DataConfig
 from dtm_jax.convert.layouts import CLIP_HEAD_WIDTH, MLP_RATIO, RELEASE, Layout
 from dtm_jax.errors import InputError
 
 # Beside the weights in folders of Hugging Face and of open_clip.
 CONFIG_FILES = ("config.json", "open_clip_config.json")
+PREPROCESSOR_FILE = "preprocessor_config.json"  # of Hugging Face
 LAYER_NORM_EPS = 1e-6
 _DECISIVE = (
   "hidden_act",
@@ -136,3 +140,46 @@ def hugging_face_config(kind: str, model: dict, class_names: Sequence[str] | Non
     "id2label": dict(enumerate(labels)),
     "label2id": {label: i for i, label in enumerate(labels)},
   } | ({"vocab_size": outputs} if is_student else {})
+
+
+def hugging_face_preprocessor(model: dict, data: DataConfig) -> dict:
+  """`preprocessor_config.json`: what `AutoImageProcessor` needs to show images to a model as evaluation does.
+
+  Args:
+    model: Its sizes; the grid is square.
+    data: Its `eval_crop`, `mean` and `std` are told.
+  """
+  size = model["grid"][0] * model["patch_size"]
+  return {
+    "image_processor_type": "CLIPImageProcessor",  # BEiT's own would squash images to squares
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "size": {"shortest_edge": round(size / data.eval_crop)},
+    "resample": 3,  # bicubic
+    "do_center_crop": True,
+    "crop_size": {"height": size, "width": size},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [*data.mean],
+    "image_std": [*data.std],
+  }
+
+
+def with_normalization(data: DataConfig, weights: pathlib.Path) -> DataConfig:
+  """`data` with the mean and std that the weights name, where they are the folder of a Hugging Face model that does.
+
+  Raises:
+    InputError: what it names are not three numbers each.
+  """
+  file = weights / PREPROCESSOR_FILE
+  stated = (_read(file) if weights.is_dir() else None) or {}
+  if not {"image_mean", "image_std"} <= stated.keys():
+    return data
+  try:
+    mean, std = (tuple(float(value) for value in stated[name]) for name in ("image_mean", "image_std"))
+    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+      raise ValueError(f"mean {mean} and std {std} are not those of three colours")
+  except (TypeError, ValueError) as error:
+    raise _damaged(file, error) from error
+  return dataclasses.replace(data, mean=mean, std=std)

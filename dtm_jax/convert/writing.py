@@ -1,6 +1,6 @@
 """Our parameter trees -> foreign weights: the release's `.pth`, Hugging Face's folders.
 
-A file is written whole or not at all, and so is a new folder; in a folder that is there already, the two files are
+A file is written whole or not at all, and so is a new folder; in a folder that is there already, the three files are
 replaced one after the other. Everything is written as float32 and with every table: a complete float32 file comes back
 bit for bit, one of another dtype as float32, one with tables absent with zeros in their place.
 """
@@ -15,15 +15,16 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from dtm_jax.config import DataConfig
 from dtm_jax.convert import layouts
-from dtm_jax.convert.configs import hugging_face_config
+from dtm_jax.convert.configs import PREPROCESSOR_FILE, hugging_face_config, hugging_face_preprocessor
 from dtm_jax.convert.layouts import Layout
 from dtm_jax.convert.state_dict import WEIGHTS_FILES
 from dtm_jax.convert.torch_writer import write_torch
 from dtm_jax.errors import InputError, some_of
 from dtm_jax.files import replacing
 
-HUGGING_FACE_FILES = (WEIGHTS_FILES[0], "config.json")
+HUGGING_FACE_FILES = (WEIGHTS_FILES[0], "config.json", PREPROCESSOR_FILE)
 
 
 def to_state_dict(kind: str, params: Mapping) -> dict[str, np.ndarray]:
@@ -63,9 +64,13 @@ def save_torch(path: str | os.PathLike, kind: str, params: Mapping) -> None:
 
 
 def save_hugging_face(
-  folder: str | os.PathLike, kind: str, params: Mapping, class_names: Sequence[str] | None = None
+  folder: str | os.PathLike,
+  kind: str,
+  params: Mapping,
+  class_names: Sequence[str] | None = None,
+  data: DataConfig | None = None,
 ) -> None:
-  """Writes `model.safetensors` and `config.json` for transformers.
+  """Writes `model.safetensors`, `config.json` and `preprocessor_config.json` for transformers.
 
   A student is a `BeitModel`, whose `last_hidden_state` are its features; its
   head goes with it as `lm_head`, which `BeitModel` does not ask for and
@@ -73,10 +78,11 @@ def save_hugging_face(
   takes. A classifier is a `BeitForImageClassification`.
 
   Args:
-    folder: Made if it is missing; these two files in it are replaced.
+    folder: Made if it is missing; these three files in it are replaced.
     kind: "student" or "classifier".
     params: See `to_state_dict`.
     class_names: Of a classifier's outputs; `LABEL_0` and so on for None.
+    data: How the model is shown images (`eval_crop`, `mean`, `std`); by the defaults for None.
 
   Raises:
     InputError: see `to_state_dict`; or it cannot be written.
@@ -89,12 +95,16 @@ def save_hugging_face(
   state = {name: array for name, array in state.items() if array.dtype == np.float32 and array.size}
   with replacing(pathlib.Path(folder)) as unfinished:
     unfinished.mkdir()
-    weights, config = (unfinished / name for name in HUGGING_FACE_FILES)
+    weights, config, preprocessor = (unfinished / name for name in HUGGING_FACE_FILES)
     try:
       save_file(state, weights, metadata={"format": "pt"})  # transformers refuses a file that does not say this
     except SafetensorError as error:
       raise OSError(error) from error
-    config.write_text(json.dumps(hugging_face_config(kind, model, class_names), indent=2) + "\n")
+    for file, settings in {
+      config: hugging_face_config(kind, model, class_names),
+      preprocessor: hugging_face_preprocessor(model, data or DataConfig()),
+    }.items():
+      file.write_text(json.dumps(settings, indent=2) + "\n")
     with contextlib.suppress(OSError):  # some file systems know no modes
       weights.chmod(config.stat().st_mode)  # safetensors writes for its owner alone
 
