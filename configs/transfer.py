@@ -11,11 +11,11 @@ authors told them for ViT-B/16 (github.com/facebookresearch/deit/issues/105, ...
 same rate in all layers, 5 epochs of warm-up. Not as there: no repeated augmentation, warm-up from 0 instead of 1e-6,
 and a least rate below the highest one.
 
-iNaturalist 2021: "MetaFormer" (arXiv 2203.02751, settings from github.com/dqshuai/MetaFormer: the command of its README,
-which is given for CUB-200, and for the rest its config.py), a hybrid of convolutions and attention that has 88 to 90 %
-there without meta-data: AdamW at the same rate in all layers, DeiT's augmentation, 384 pixels. 300 epochs of 2.7 million
-images are a great deal: --config.run.epochs=30 --config.optim.warmup_epochs=2 is a tenth of it. Not as there: warm-up
-from 0 instead of 5e-8.
+iNaturalist 2021: "MetaFormer" (arXiv 2203.02751, settings from github.com/dqshuai/MetaFormer: the command of its
+README, which is given for CUB-200, and for the rest its config.py), a hybrid of convolutions and attention that has 88
+to 90 % there without meta-data: AdamW at the same rate in all layers, DeiT's augmentation, 384 pixels. 300 epochs of
+2.7 million images are a great deal: --config.run.epochs=30 --config.optim.warmup_epochs=2 is a tenth of it. Not as
+there: warm-up from 0 instead of 5e-8.
 
 CUB-200, Cars, Dogs, Flowers: full fine-tuning of masked image models (ViT-B/16) in "Visual Prompt Tuning" (arXiv
 2203.12119, settings from github.com/KMnP/vpt): AdamW at the same rate in all layers, weight decay 0.01 (what their code
