@@ -57,26 +57,26 @@ _CIFAR = _DEIT | {
   "finetune.erase_prob": 0.0,
   "data.eval_split": "test",
 }
-
-
-_FINE_GRAINED = {
+_FLIPS_ALONE = {  # beside crops
+  "data.eval_split": "test",
+  "data.rand_augment": "",
+  "optim.min_lr": 0.0,
+  "optim.layer_decay": 1.0,
+  "finetune.erase_prob": 0.0,
+  "finetune.mixup": 0.0,
+  "finetune.cutmix": 0.0,
+  "finetune.label_smoothing": 0.0,
+}
+_FINE_GRAINED = _FLIPS_ALONE | {
   "run.epochs": 100.0,
   "data.batch_size": 384,
   "data.train_crop": "square",
-  "data.rand_augment": "",
-  "data.eval_split": "test",
   "model.drop_path": 0.1,
   "optim.base_lr": 7.5e-4,
   "optim.base_batch_size": 384,
   "optim.weight_decay": 1e-2,
   "optim.warmup_epochs": 5.0,
-  "optim.layer_decay": 1.0,
-  "optim.min_lr": 0.0,
   "eval.every_epochs": 10.0,
-  "finetune.erase_prob": 0.0,
-  "finetune.mixup": 0.0,
-  "finetune.cutmix": 0.0,
-  "finetune.label_smoothing": 0.0,
 }
 
 
@@ -103,7 +103,6 @@ SETS = {
     "optim.warmup_epochs": 20.0,
     "optim.layer_decay": 1.0,
     "optim.clip_norm": 5.0,
-    "finetune.erase_prob": 0.25,
   },
   "cub200": {"data.name": "caltech_birds2011", **_FINE_GRAINED},  # 5,994 images of 200 birds
   "cars": {"data.name": "cars196", **_FINE_GRAINED},  # 8,144 images of 196 models
@@ -117,11 +116,10 @@ SETS = {
   # 3,680 images of 37 breeds: 7 batches.
   "pets": {
     "data.name": "oxford_iiit_pet",
-    "data.eval_split": "test",
+    **_FLIPS_ALONE,
     "data.batch_size": 512,
     "data.image_size": 384,
     "data.crop_scale": (0.05, 1.0),
-    "data.rand_augment": "",
     "data.eval_crop": 384 / 448,
     "run.epochs": None,
     "run.steps": 500,
@@ -129,16 +127,10 @@ SETS = {
     "optim.name": "sgd",
     "optim.base_lr": 3e-3,
     "optim.base_batch_size": 512,
-    "optim.min_lr": 0.0,
     "optim.warmup_epochs": 100 / 7,
     "optim.weight_decay": 0.0,
-    "optim.layer_decay": 1.0,
     "optim.clip_norm": 1.0,
     "eval.every_epochs": 100 / 7,
-    "finetune.erase_prob": 0.0,
-    "finetune.mixup": 0.0,
-    "finetune.cutmix": 0.0,
-    "finetune.label_smoothing": 0.0,
   },
   "cifar10": {"data.name": "cifar10", "optim.base_lr": 7.5e-6, **_CIFAR},  # 50,000 images of 10 classes
   "cifar100": {"data.name": "cifar100", "optim.base_lr": 5e-6, **_CIFAR},  # 50,000 images of 100 classes

@@ -129,10 +129,8 @@ def create_optimizer(config: OptimConfig, schedule: Schedule) -> optax.GradientT
   "adamw" is `torch.optim.AdamW`, "sgd" is `torch.optim.SGD` but for its decay, which momentum does not gather (as
   in big_vision's recipes).
   """
-  direction = {
-    "adamw": lambda: optax.scale_by_adam(*config.betas, eps=config.eps),
-    "sgd": lambda: optax.trace(config.momentum),
-  }[config.name]()
+  is_sgd = config.name == "sgd"
+  direction = optax.trace(config.momentum) if is_sgd else optax.scale_by_adam(*config.betas, eps=config.eps)
   clip = optax.identity() if config.clip_norm is None else clip_by_global_norm(config.clip_norm)
   layers = optax.identity() if config.layer_decay == 1 else scale_by_layer(config.layer_decay)
   average = [] if config.ema_decay is None else [average_params(config.ema_decay)]

@@ -17,7 +17,7 @@ from dtm_jax.checkpoint import BEST_FOLDER, CheckpointStore, saved_steps
 from dtm_jax.checkpoint import FOLDER as CHECKPOINT_FOLDER
 from dtm_jax.config import Config, DataConfig, from_json
 from dtm_jax.convert import read_weights
-from dtm_jax.convert.configs import with_normalization
+from dtm_jax.convert.configs import with_preprocessing
 from dtm_jax.errors import InputError
 from dtm_jax.models.clip import ClipVision
 from dtm_jax.models.vit import Classifier, ViT
@@ -116,7 +116,7 @@ def open_checkpoint(
 
 def data_settings(checkpoint: Checkpoint) -> DataConfig:
   """How a model is shown images: as in its run; of weights by the defaults, with CLIP's own mean and std for CLIP, or
-  those that the folder of a Hugging Face model names.
+  as the image processor in a Hugging Face folder has it.
 
   Raises:
     InputError: that folder's image processor is damaged.
@@ -124,7 +124,7 @@ def data_settings(checkpoint: Checkpoint) -> DataConfig:
   if checkpoint.config is not None:
     return checkpoint.config.data
   data = DataConfig(mean=CLIP_MEAN, std=CLIP_STD) if checkpoint.kind == "clip_vision" else DataConfig()
-  return with_normalization(data, checkpoint.path)
+  return with_preprocessing(data, checkpoint.path)
 
 
 def restore_run(workdir: pathlib.Path, folder: str = CHECKPOINT_FOLDER) -> Checkpoint:

@@ -261,20 +261,36 @@ def test_a_pipeline_of_transformers_classifies_as_we_do(tmp_path):
   np.testing.assert_allclose([theirs[name] for name in names], ours, atol=0.02)  # measured 0.003
 
 
-def test_mean_and_std_are_those_that_a_folder_names(tmp_path):
+def test_a_folder_keeps_how_its_model_is_shown_images(tmp_path):
+  data = DataConfig(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), eval_crop=1.0)
+  save_hugging_face(tmp_path / "a", "student", load_torch(GOLDEN / "student_tiny.pth")[2], data=data)
+  assert convert_main(["convert", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+  model = inference.load(tmp_path / "b")
+  assert (model.mean, model.std, model.crop) == (data.mean, data.std, 1.0)
+
+
+def test_images_are_shown_as_a_folder_of_transformers_says(tmp_path):
   beit("BeitModel", "both", use_mean_pooling=False).save_pretrained(tmp_path)
   assert inference.load(tmp_path).mean == DataConfig().mean
   transformers.BeitImageProcessor().save_pretrained(tmp_path)
   model = inference.load(tmp_path)
-  assert (model.mean, model.std) == ((0.5,) * 3, (0.5,) * 3)
+  assert (model.mean, model.std, model.crop) == ((0.5,) * 3, (0.5,) * 3, DataConfig().eval_crop)  # it does not crop
   assert convert_main(["convert", str(tmp_path), str(tmp_path / "out")]) == 0
   assert json.loads((tmp_path / "out/preprocessor_config.json").read_text())["image_mean"] == [0.5] * 3
 
 
-@pytest.mark.parametrize("mean", [[0.5, 0.5], [0.5, 0.5, "x"], [0.5, 0.5, float("nan")], 0.5])
-def test_a_damaged_image_processor_is_told(tmp_path, mean):
+@pytest.mark.parametrize(
+  "changes",
+  [
+    *({"image_mean": mean} for mean in ([0.5, 0.5], [0.5, 0.5, "x"], [0.5, 0.5, float("nan")], 0.5)),
+    *({"crop_size": size} for size in ({"height": 0}, {"height": 100}, {}, 64)),
+    {"size": {"shortest_edge": 0}},
+  ],
+  ids=str,
+)
+def test_a_damaged_image_processor_is_told(tmp_path, changes):
   save_hugging_face(tmp_path, "student", load_torch(GOLDEN / "student_tiny.pth")[2])
   file = tmp_path / "preprocessor_config.json"
-  file.write_text(json.dumps({"image_mean": mean, "image_std": [0.5] * 3}))
+  file.write_text(json.dumps(json.loads(file.read_text()) | changes))
   with pytest.raises(InputError, match=f"{file} is not the config of a model"):
     inference.load(tmp_path)

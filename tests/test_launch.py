@@ -63,7 +63,7 @@ def log(slurm, job: str) -> str:
   return path.read_text() if path.exists() else ""
 
 
-# Others pass: SIGNALING, for one, while Slurm gives notice of a time limit.
+# Others pass, such as SIGNALING.
 ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 
 
@@ -78,7 +78,7 @@ def test_a_preempted_job_saves_is_requeued_and_ends_as_if_nothing_had_been(slurm
   job = submit_two(slurm, workdir)
   wait_until(slurm, job, lambda: (workdir / "metrics.jsonl").exists() and len(runs.rows(workdir)) >= 3)
   urgent = submit_two(slurm, undisturbed, "--partition=urgent", "--exclusive")
-  # Slurm counts a restart before the job has saved, and may call the job ended then.
+  # Slurm counts a restart before the job has saved.
   wait_until(slurm, job, lambda: "stopped and saved at step" in log(slurm, job))
   [saved] = runs.checkpoints(workdir)
   assert 3 <= saved < NUM_STEPS

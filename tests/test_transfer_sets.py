@@ -134,7 +134,8 @@ def test_published_recipes(name):
   assert config.peak_lr == pytest.approx(rate)
   assert (config.optim.warmup_epochs, config.optim.layer_decay, config.optim.betas) == (warmup, 1, (0.9, 0.999))
   assert config.optim.min_lr < rate
-  assert config.data.image_size == (384 if name == "inat2021" else 224)
+  assert (config.data.image_size, config.optim.clip_norm) == ((384, 5) if name == "inat2021" else (224, None))
+  assert config.finetune.erase_prob == {"inat2018": 0.1, "inat2021": 0.25}.get(name, 0)
   decay, mixing, changes = (
     (0.01, (0, 0, 0), ("square", ""))
     if name in FINE_GRAINED

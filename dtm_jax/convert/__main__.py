@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from dtm_jax import console
 from dtm_jax.config import DataConfig
-from dtm_jax.convert.configs import with_normalization
+from dtm_jax.convert.configs import with_preprocessing
 from dtm_jax.convert.reading import Report, read_weights
 from dtm_jax.convert.state_dict import file_sha256, weights_file
 from dtm_jax.convert.transfer import TABLES, resize_tables, to_classifier
@@ -46,7 +46,7 @@ class _Input(NamedTuple):
   params: dict
   report: Report | None  # none for a work folder, whose names are ours
   class_names: list[str] | None = None  # which only a fine-tuning run tells
-  data: DataConfig | None = None  # of a run, or of a folder that tells mean and std
+  data: DataConfig | None = None  # how it is shown images
 
 
 def main(argv: list[str]) -> int:
@@ -117,7 +117,7 @@ def _read(options: argparse.Namespace) -> _Input:
     return _restore(path)
   kind, model, params, report = read_weights(path, strict=not options.lenient)
   file = weights_file(path)
-  data = with_normalization(DataConfig(), path)
+  data = with_preprocessing(DataConfig(), path)
   return _Input(file, file_sha256(file), kind, model, params, report, data=data)
 
 

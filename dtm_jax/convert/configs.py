@@ -166,20 +166,30 @@ def hugging_face_preprocessor(model: dict, data: DataConfig) -> dict:
   }
 
 
-def with_normalization(data: DataConfig, weights: pathlib.Path) -> DataConfig:
-  """`data` with the mean and std that the weights name, where they are the folder of a Hugging Face model that does.
+def with_preprocessing(data: DataConfig, weights: pathlib.Path) -> DataConfig:
+  """`data` as the image processor of a Hugging Face model has it, where the weights are a folder with one.
+
+  Taken are mean and std, and the centre crop where it is one of images whose shorter side was resized.
 
   Raises:
-    InputError: what it names are not three numbers each.
+    InputError: what it names is nothing of the kind.
   """
   file = weights / PREPROCESSOR_FILE
   stated = (_read(file) if weights.is_dir() else None) or {}
-  if not {"image_mean", "image_std"} <= stated.keys():
-    return data
   try:
+    return dataclasses.replace(data, **_preprocessing(stated))
+  except (TypeError, ValueError, KeyError, ZeroDivisionError, InputError) as error:
+    raise _damaged(file, error) from error
+
+
+def _preprocessing(stated: dict) -> dict:
+  found = {}
+  if {"image_mean", "image_std"} <= stated.keys():
     mean, std = (tuple(float(value) for value in stated[name]) for name in ("image_mean", "image_std"))
     if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
       raise ValueError(f"mean {mean} and std {std} are not those of three colours")
-  except (TypeError, ValueError) as error:
-    raise _damaged(file, error) from error
-  return dataclasses.replace(data, mean=mean, std=std)
+    found |= {"mean": mean, "std": std}
+  size = stated.get("size")
+  if stated.get("do_center_crop") and isinstance(size, dict) and "shortest_edge" in size:
+    found["eval_crop"] = stated["crop_size"]["height"] / size["shortest_edge"]
+  return found
