@@ -83,7 +83,8 @@ class Parts(experiment.Parts):
   def jitted_step(self):
     """`(state, batch) -> (state, metrics)`, compiled once; gives its state's memory away."""
     prepare = functools.partial(finetune.augment, self.config, self.model.num_classes)
-    step = finetune.make_train_step(self.config, self.model, self.optimizer, self.schedule, prepare)
+    average = sharding.average_on(self.mesh)
+    step = finetune.make_train_step(self.config, self.model, self.optimizer, self.schedule, prepare, average)
     split, replicated = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
     shardings = {"in_shardings": (self.state_shardings, split), "out_shardings": (self.state_shardings, replicated)}
     return jax.jit(step, **shardings, donate_argnums=0)

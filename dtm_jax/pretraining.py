@@ -54,7 +54,8 @@ class Parts(experiment.Parts):
   def jitted_step(self):
     """`(state, teacher_params, batch) -> (state, metrics)`, compiled once; gives its state's memory away."""
     draw = functools.partial(draw_schedules, self.config)
-    step = make_train_step(self.config, self.model, self.teacher, self.optimizer, self.schedule, draw)
+    average = sharding.average_on(self.mesh)
+    step = make_train_step(self.config, self.model, self.teacher, self.optimizer, self.schedule, draw, average)
     of_state, of_teacher = self.state_shardings, sharding.shard(self.teacher_params, self.mesh)
     split, replicated = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
     shardings = {"in_shardings": (of_state, of_teacher, split), "out_shardings": (of_state, replicated)}

@@ -1,19 +1,24 @@
 """The device mesh, and who holds what: batches split over `data` and `fsdp`, state over `fsdp` and `tensor`."""
 
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dtm_jax.axes import BATCH, BATCH_AXES, EMBED, FSDP, HEADS, MESH_AXES, MLP, OUT, TENSOR
+from dtm_jax.axes import BATCH, BATCH_AXES, DATA, EMBED, FSDP, HEADS, MESH_AXES, MLP, OUT, TENSOR
 from dtm_jax.config import MeshConfig
 from dtm_jax.errors import InputError
 from dtm_jax.models.layers import Constrain, unconstrained
+
+OfRows = Callable[[dict[str, jax.Array]], Any]  # of arrays [B, ...], where all results are means over B
+Average = Callable[[OfRows], OfRows]  # the same function, for rows that devices share
 
 # Logical axis -> the mesh axes that share it. A mesh axis that does not divide a size leaves it whole.
 RULES = {BATCH: BATCH_AXES, EMBED: (FSDP,), HEADS: (TENSOR,), MLP: (TENSOR,), OUT: (TENSOR,)}
@@ -193,10 +198,46 @@ def constrain_to(mesh: Mesh) -> Constrain:
     return unconstrained
 
   def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    if jax.sharding.get_abstract_mesh().manual_axes:  # a device's own part, see `mean_of_devices`
+      return x
     spec = _to_spec(_split(axes, x.shape, mesh.shape))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
   return constrain
+
+
+def average_on(mesh: Mesh) -> Average:
+  """What steps on a mesh are given as `average`: the compiler's way, but for CPUs of several processes.
+
+  These exchange arrays by Gloo, one after the other, and each costs one or two milliseconds, however small it is.
+  """
+  has_gloo = jax.process_count() > 1 and mesh.devices.flat[0].platform == "cpu"
+  if has_gloo and mesh.shape[DATA] == mesh.size:
+    return functools.partial(mean_of_devices, mesh=mesh)
+  return by_compiler
+
+
+def by_compiler(of_rows: OfRows) -> OfRows:
+  """An `Average` that leaves to the compiler what is summed over devices, and when."""
+  return of_rows
+
+
+def mean_of_devices(of_rows: OfRows, mesh: Mesh) -> OfRows:
+  """An `Average` for which each device computes on its own rows, and all that they exchange is one array.
+
+  Args:
+    of_rows: of rows split over the batch axes; may use what each device has whole.
+    mesh: with devices along `data` alone, each of which has the whole state; they share the rows equally.
+  """
+
+  def of_own_rows(rows):
+    flat, unravel = ravel_pytree(of_rows(rows))
+    return unravel(jax.lax.pmean(flat, BATCH_AXES))
+
+  # Unchecked: jax would else sum the gradients, each by itself, where they are taken.
+  return jax.shard_map(
+    of_own_rows, mesh=mesh, in_specs=PartitionSpec(BATCH_AXES), out_specs=PartitionSpec(), check_vma=False
+  )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

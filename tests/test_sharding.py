@@ -16,6 +16,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_collectives import collectives
 
@@ -343,7 +344,10 @@ def batch_of(parts):
 @functools.cache
 def program_on(task: str, *sizes: int):
   """The compiled step of the run."""
-  parts = parts_on(task, *sizes)
+  return compile_step(parts_on(task, *sizes))
+
+
+def compile_step(parts):
   arguments = parts.step_arguments(parts.abstract_state(), parts.place(batch_of(parts)))
   return parts.jitted_step.lower(*arguments).compile(QUICK)
 
@@ -354,9 +358,9 @@ def first_state(task: str):
   return jax.device_get(parts_on(task).create_state())
 
 
-def train(task: str, sizes, num_steps: int = NUM_STEPS, state=None):
+def train(task: str, sizes, num_steps: int = NUM_STEPS, state=None, program=None):
   """The last state, and each step's metrics."""
-  parts, program = parts_on(task, *sizes), program_on(task, *sizes)
+  parts, program = parts_on(task, *sizes), program or program_on(task, *sizes)
   state = state or jax.device_put(first_state(task), parts.state_shardings)
   batch, history = parts.place(batch_of(parts)), collections.defaultdict(list)
   for _ in range(num_steps):
@@ -421,6 +425,41 @@ def test_finetuning_is_the_same_in_every_layout(sizes):
   np.testing.assert_allclose(history["loss"], expected["loss"], rtol=1e-5)
   average, expected_average = (jax.device_get(averaged_params(s.opt_state)) for s in (state, expected_state))
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4), average, expected_average)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_cpus_of_several_processes_sum_all_that_they_find_as_one_array(monkeypatch, task):
+  layout = (8, 1, 1)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  program = compile_step(dataclasses.replace(parts_on(task, *layout)))  # whose step nobody has built yet
+  monkeypatch.undo()
+  state, history = train(task, layout, program=program)
+  found = collectives(program.as_text())
+  summed = " ".join(shape for operation, _, shape in found if operation == "all-reduce")
+  values = optax.tree.size(state.params) + (2 if task == "pretrain" else 1)  # losses
+  assert re.findall(r"\w+\[\d.*?\]", summed) == [f"f32[{values}]"]  # beside scalars, of each group's draws
+  expected = {"pretrain": pretrained_alone, "finetune": finetuned_alone}[task]()[1]
+  np.testing.assert_allclose(history["loss"], expected["loss"], rtol=1e-5)
+  np.testing.assert_allclose(history["grad_norm"], expected["grad_norm"], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("platform", "sizes", "num_processes", "is_one_array"),
+  [
+    ("cpu", (8, 1, 1), 2, True),
+    ("gpu", (8, 1, 1), 2, False),
+    ("cpu", (8, 1, 1), 1, False),
+    ("cpu", (4, 2, 1), 2, False),
+  ],
+)
+def test_elsewhere_the_compiler_sums_gradients(monkeypatch, platform, sizes, num_processes, is_one_array):
+  devices = [types.SimpleNamespace(platform=platform)] * 8
+  mesh = types.SimpleNamespace(
+    devices=np.array(devices).reshape(sizes), size=8, shape=dict(zip(MESH_AXES, sizes, strict=True))
+  )
+  monkeypatch.setattr(jax, "process_count", lambda: num_processes)
+  assert (sharding.average_on(mesh) is not sharding.by_compiler) == is_one_array
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """One step of fine-tuning: augment, classify, compare with soft labels, update."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,6 +11,7 @@ from dtm_jax.axes import Stream
 from dtm_jax.config import Config
 from dtm_jax.models.vit import Classifier
 from dtm_jax.optim import Schedule
+from dtm_jax.sharding import Average, by_compiler
 from dtm_jax.steps.accumulation import Metrics, Rows, accumulate
 from dtm_jax.train_state import TrainState, apply_gradients, image_keys, stream_key
 
@@ -23,6 +25,7 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   schedule: Schedule,
   prepare: Prepare,
+  average: Average = by_compiler,
 ) -> TrainStep:
   """Builds the pure function of one optimiser step.
 
@@ -33,6 +36,7 @@ def make_train_step(
     schedule: learning rate of a step, for the metrics.
     prepare: `(step, batch) -> (images, targets)` of the global batch, float32 [B, S, S, 3], normalised, and
       [B, C], rows that sum to 1; `functools.partial(augment, config, num_classes)` in training.
+    average: over the rows of several devices; `sharding.average_on(mesh)` in training.
 
   Returns:
     `(state, batch) -> (state, metrics)`, to be jitted. `batch` is what `prepare`
@@ -48,9 +52,9 @@ def make_train_step(
     # Before the batch is split into micro-batches: an image's partner may be in another one.
     images, targets = prepare(state.step, batch)
     rows = {"image": images, "target": targets} | row_keys(config, state.step)
-    value, grads = accumulate(
-      lambda rows: jax.value_and_grad(loss)(state.params, rows), rows, config.optim.accumulate_steps
-    )
+    loss_and_grads = functools.partial(jax.value_and_grad(loss), state.params)
+    micro_batches = functools.partial(accumulate, loss_and_grads, num_micro_batches=config.optim.accumulate_steps)
+    value, grads = average(micro_batches)(rows)
     lr = schedule(state.step)
     state, grad_norm = apply_gradients(state, value, grads, optimizer)
     return state, {"loss": value, "grad_norm": grad_norm, "lr": lr}

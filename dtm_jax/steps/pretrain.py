@@ -1,5 +1,6 @@
 """One step of DTM pre-training: augment, teach, predict, morph, compare, update."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from dtm_jax.losses import dtm_loss, normalize_tokens, token_loss
 from dtm_jax.models.vit import ViT
 from dtm_jax.morphing import sample_schedule
 from dtm_jax.optim import Schedule
+from dtm_jax.sharding import Average, by_compiler
 from dtm_jax.steps.accumulation import Metrics, Rows, accumulate
 from dtm_jax.teachers import Teacher
 from dtm_jax.train_state import TrainState, apply_gradients, image_keys, stream_key
@@ -29,6 +31,7 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   schedule: Schedule,
   draw: Draw,
+  average: Average = by_compiler,
 ) -> TrainStep:
   """Builds the pure function of one optimiser step.
 
@@ -39,6 +42,7 @@ def make_train_step(
     optimizer: changes the student's parameters.
     schedule: learning rate of a step, for the metrics.
     draw: merges and iterations of a step; `functools.partial(draw_schedules, config)` in training.
+    average: over the rows of several devices; `sharding.average_on(mesh)` in training.
 
   Returns:
     `(state, teacher_params, batch) -> (state, metrics)`, to be jitted. `batch`
@@ -58,7 +62,8 @@ def make_train_step(
     def loss_and_grads(rows):
       return jax.value_and_grad(loss, has_aux=True)(state.params, teacher_params, rows | shared)
 
-    (value, aux), grads = accumulate(loss_and_grads, rows, config.optim.accumulate_steps)
+    micro_batches = functools.partial(accumulate, loss_and_grads, num_micro_batches=config.optim.accumulate_steps)
+    (value, aux), grads = average(micro_batches)(rows)
     lr = schedule(state.step)
     state, grad_norm = apply_gradients(state, value, grads, optimizer)
     metrics = {"loss": value, **aux, "grad_norm": grad_norm, "lr": lr}
