@@ -1,11 +1,13 @@
 """Compiled programs are kept from one run to the next."""
 
 import contextlib
+import copy
 import hashlib
 import os
 import pathlib
 import platform
 import time
+import types
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,8 +16,10 @@ import jax
 from absl import logging
 
 # The public module has only a part of it.
-from jax._src import compilation_cache
+from jax._src import compilation_cache, compiler
 from jax._src.lru_cache import LRUCache
+
+from dtm_jax import distributed
 
 _SHORTEST = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 _HIT = "/jax/compilation_cache/cache_hits"
@@ -31,6 +35,8 @@ def enable() -> None:
   if _SHORTEST not in os.environ:
     # jax keeps what takes a second to compile; a run has some twenty programs that take less.
     jax.config.update(_SHORTEST.lower(), 0.0)
+  if distributed.count() > 1 and jax.default_backend() == "cpu":
+    _keep_those_of_all_processes()
   if jax.config.jax_compilation_cache_dir is not None:
     return
   try:
@@ -42,6 +48,13 @@ def enable() -> None:
     logging.warning("compiled programs are not kept (%s); JAX_COMPILATION_CACHE_DIR names another folder", error)
     return
   jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _keep_those_of_all_processes() -> None:
+  """JAX keeps what process 0 compiles. By their keys, programs for CPUs are of one process: others would find none."""
+  as_first = copy.copy(compiler.distributed.global_state)
+  as_first.process_id = 0
+  compiler.distributed = types.SimpleNamespace(global_state=as_first)
 
 
 class _Cache(LRUCache):

@@ -224,6 +224,8 @@ def run(
   parts = distributed.together(lambda: build(config))
   distributed.connect(parts.mesh, sharding.describe(parts.mesh))
   new_record = _new_record(parts, command)
+  # Not in the record: a run that goes on may be evaluated on other images, but all processes on the same.
+  distributed.check_same({"eval_images": len(parts.eval_source), "eval_sha256": parts.eval_source.fingerprint()})
   inputs = (*parts.recorded_inputs, "train_images", "train_sha256", "resampler")
   workdirs.check_same_inputs(workdir, record, new_record, inputs)
   is_resumed = distributed.from_first(lambda: bool(saved_steps(workdir)))
@@ -283,6 +285,13 @@ class _Session:
   best: CheckpointStore | None  # of the highest score, where the task keeps it
   writer: metrics.MetricWriter
   stop_requested: StopRequested
+
+  def must_stop(self) -> bool:
+    """Whether the run was asked to stop. Raises what a save in the background has failed with."""
+    self.store.check()
+    if self.best is not None:
+      self.best.check()
+    return self.stop_requested()
 
   @functools.cached_property
   def skipped(self) -> SkippedBatches:
@@ -359,12 +368,6 @@ class _Session:
         self.best.wait()  # a run that goes on after this step would not save it again
       self.store.save(state)
 
-    def stop_requested() -> bool:
-      self.store.check()
-      if self.best is not None:
-        self.best.check()
-      return self.stop_requested()
-
     training = loop.Loop(
       train_step=train_step,
       place=parts.place,
@@ -376,7 +379,7 @@ class _Session:
       log=log,
       save=save,
       evaluate=self.evaluate,
-      stop_requested=stop_requested,
+      stop_requested=self.must_stop,
     )
     with contextlib.closing(self._batches(int(state.step))) as batches:
       state = training.run(state, _watch(batches, met, observe))
@@ -398,7 +401,7 @@ class _Session:
     if not parts.is_evaluated or (step == 0 and not parts.is_evaluated_untrained):
       return
     if writer.find(step, parts.scores[0]) is None:
-      values = parts.evaluate(state, self.stop_requested)
+      values = parts.evaluate(state, self.must_stop)
       writer.write(step, values)
       logging.info("step %d: %s", step, metrics.told(values))
     if self.best is not None and writer.best(parts.scores, until=step).step == step:

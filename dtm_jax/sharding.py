@@ -17,7 +17,8 @@ from dtm_jax.config import MeshConfig
 from dtm_jax.errors import InputError
 from dtm_jax.models.layers import Constrain, unconstrained
 
-OfRows = Callable[[dict[str, jax.Array]], Any]  # of arrays [B, ...], where all results are means over B
+# Of arrays [B, ...] by name; float32 results are means over B, and so the mean of those for equal shares of the rows.
+OfRows = Callable[[dict[str, jax.Array]], Any]
 Average = Callable[[OfRows], OfRows]  # the same function, for rows that devices share
 
 # Logical axis -> the mesh axes that share it. A mesh axis that does not divide a size leaves it whole.
@@ -207,9 +208,10 @@ def constrain_to(mesh: Mesh) -> Constrain:
 
 
 def average_on(mesh: Mesh) -> Average:
-  """What steps on a mesh are given as `average`: the compiler's way, but for CPUs of several processes.
+  """How steps on a mesh compute losses and gradients of rows that devices share; they are given it as `average`.
 
-  These exchange arrays by Gloo, one after the other, and each costs one or two milliseconds, however small it is.
+  All leave it to the compiler but CPUs of several processes. These exchange by Gloo, one array after the other, and
+  each costs one or two milliseconds, however small it is.
   """
   has_gloo = jax.process_count() > 1 and mesh.devices.flat[0].platform == "cpu"
   if has_gloo and mesh.shape[DATA] == mesh.size:
@@ -223,10 +225,10 @@ def by_compiler(of_rows: OfRows) -> OfRows:
 
 
 def mean_of_devices(of_rows: OfRows, mesh: Mesh) -> OfRows:
-  """An `Average` for which each device computes on its own rows, and all that they exchange is one array.
+  """An `Average` by which each device computes on its own rows, and the results are summed as one array.
 
   Args:
-    of_rows: of rows split over the batch axes; may use what each device has whole.
+    of_rows: may use what each device has whole, but nothing of other rows.
     mesh: with devices along `data` alone, each of which has the whole state; they share the rows equally.
   """
 

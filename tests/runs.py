@@ -88,6 +88,11 @@ def start_pair(arguments: list[str], cache: pathlib.Path, prefixes: tuple[tuple[
   ]
 
 
+def dumping(folder: pathlib.Path) -> tuple[str, ...]:
+  """A prefix of a command that writes each of its programs into a folder as it comes to it."""
+  return ("env", f"JAX_DUMP_IR_TO={folder}", "JAX_DUMP_IR_MODES=stablehlo")
+
+
 def finish(process: subprocess.Popen) -> tuple[int, str]:
   """Exit code and standard error."""
   _, stderr = process.communicate()

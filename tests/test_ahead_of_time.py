@@ -214,3 +214,18 @@ def test_the_page_on_scaling_has_the_tables_of_its_script():
   rows = [line for line in printed.splitlines() if line.startswith("|")]
   page = (runs.ROOT / "docs" / "scaling.md").read_text().splitlines()
   assert len(rows) > 30 and not {*rows} - {*page}
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize(("topology", "mesh"), [("v5e:2x4", "data 8 x fsdp 1"), ("v5e:2x2:2", "data 4 x fsdp 2")])
+def test_tpu_slices_are_compiled_for(topology, mesh):
+  """One, and two that share a mesh; the compiler is the TPU's own."""
+  pytest.importorskip("libtpu", reason="pip install -e '.[tpu]'")
+  plan = ["--compile_only", f"--topology={topology}", f"--config.mesh.fsdp={mesh[-1]}"]
+  told = subprocess.run(
+    [sys.executable, "-m", "dtm_jax.main", runs.SMOKE, *plan], cwd=runs.ROOT, capture_output=True, text=True
+  )
+  assert told.returncode == 0, told.stderr
+  assert f"8 tpu devices, {mesh} x tensor 1" in told.stdout
+  assert "fits in 16 GiB" in told.stdout

@@ -116,12 +116,19 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def agreed(tmp_path_factory, images):
+def programs(tmp_path_factory):
+  """Where the two processes below keep their programs."""
+  return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module")
+def agreed(tmp_path_factory, images, programs):
   """What two processes say to each other, by process."""
   folder, address = tmp_path_factory.mktemp("agreed"), f"127.0.0.1:{free_port()}"
 
   def start(index: int):
     variables = TOGETHER | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(index)}
+    variables["JAX_COMPILATION_CACHE_DIR"] = str(programs)
     command = [sys.executable, two_processes.__file__, str(folder), str(images)]
     return runs.popen(command, env=environment(**variables), stdout=subprocess.PIPE, text=True)
 
@@ -184,6 +191,12 @@ def test_two_processes_evaluate_what_one_does(agreed, images):
     for own, other in zip(found["features"], alone["features"], strict=True):
       np.testing.assert_allclose(own, other, rtol=1e-6)
   assert agreed[0]["evaluated"]["split_rows"] == agreed[1]["evaluated"]["split_rows"]
+
+
+def test_each_keeps_its_programs(agreed, programs):
+  """A program for CPUs is of one process."""
+  names = [path.name for path in programs.glob("jit_psum-*-cache")]
+  assert len(names) == len(agreed), [*programs.iterdir()]
 
 
 def test_the_others_are_silent(monkeypatch, capsys):
@@ -295,8 +308,8 @@ def test_only_the_first_of_two_processes_speaks(paired):
   ]
 
 
-def end_of_two(arguments: list[list[str]], cache: pathlib.Path) -> list[str]:
-  """The last lines of two processes of one run that are started with different words, and end with 2."""
+def end_of_two(arguments: list[list[str]], cache: pathlib.Path, folders=(None, None)) -> list[str]:
+  """The last lines of two processes of one run that are started with different words or elsewhere, and end with 2."""
   variables = TOGETHER | {
     "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
     "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -304,11 +317,12 @@ def end_of_two(arguments: list[list[str]], cache: pathlib.Path) -> list[str]:
   processes = [
     runs.popen(
       [sys.executable, "-m", "dtm_jax.main", *words],
+      cwd=folder,
       env=environment(**variables | {"JAX_PROCESS_ID": str(index)}),
       stderr=subprocess.PIPE,
       text=True,
     )
-    for index, words in enumerate(arguments)
+    for index, (words, folder) in enumerate(zip(arguments, folders, strict=True))
   ]
   said = [process.communicate()[1] for process in processes]
   assert [process.returncode for process in processes] == [2, 2], said
@@ -325,6 +339,24 @@ def test_processes_that_differ_are_told_apart(tmp_path, images, compile_cache):
   for index, line in enumerate(lines):
     pattern = rf"error in process {index}: process 1 on .+: config\.data\.path not as on process 0 \(.+"
     assert re.fullmatch(pattern, line)
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_processes_with_other_evaluation_images_are_told_apart(tmp_path, images, compile_cache):
+  """As hosts with a disk of their own: under the same path, the second has an image fewer to evaluate on."""
+  hosts = [tmp_path / str(index) for index in range(2)]
+  for host in hosts:
+    for split in ("train", "val"):
+      shutil.copytree(images, host / "images" / split)
+  (hosts[1] / "images" / "val" / "class0" / "06.png").unlink()
+  lines = end_of_two([options(tmp_path / "run", pathlib.Path("images"))] * 2, compile_cache, hosts)
+  for index, line in enumerate(lines):
+    pattern = (
+      rf"error in process {index}: process 1 on .+: eval_images, eval_sha256 not as on process 0 \(49 here, 50 .+"
+    )
+    assert re.fullmatch(pattern, line), line
   assert not (tmp_path / "run").exists()
 
 

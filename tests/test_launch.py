@@ -29,6 +29,60 @@ def test_the_local_launcher_tells_how_it_is_used():
   assert told.startswith("Several processes of one run on this machine:\n") and told.endswith("the first other one.\n")
 
 
+@pytest.fixture
+def run_local(tmp_path):
+  """`launch/local.sh` with a line of shell in place of each process: exit code and standard error."""
+  python = tmp_path / "python"
+  python.write_text(
+    f'#!/bin/sh\n[ "$1" = -m ] || exec {sys.executable} "$@"\neval "$(printenv LINE_$JAX_PROCESS_ID)"\n'
+  )
+  python.chmod(0o755)
+
+  def run(*lines: str, **variables: str) -> tuple[int, str]:
+    of_processes = {f"LINE_{i}": line for i, line in enumerate(lines)}
+    environment = os.environ | {"PYTHON": str(python), **of_processes} | variables
+    ended = subprocess.run([LAUNCH / "local.sh", str(len(lines))], env=environment, capture_output=True, text=True)
+    return ended.returncode, ended.stderr
+
+  return run
+
+
+@pytest.mark.parametrize(
+  ("lines", "code", "told"),
+  [
+    (("exit 0", "exit 0"), 0, ""),
+    (("exit 0", "sleep 0.5; exit 7"), 7, "error: process 1 has ended with exit code 7\n"),
+    (("exit 2", "exit 2"), 2, ""),  # which have said why
+    (("exit 143", "exit 143"), 143, ""),
+    (("sleep 1; exit 3", "exit 1"), 3, "error: process 1 has ended with exit code 1\n"),  # which may have lost it
+    (("echo first >&2", "echo one >&2; printf two >&2"), 0, "first\n[1] one\n[1] two\n"),
+  ],
+)
+def test_the_local_launcher_ends_as_its_processes_do(run_local, lines, code, told):
+  found, stderr = run_local(*lines)
+  assert (found, sorted(stderr.splitlines())) == (code, sorted(told.splitlines()))
+
+
+def test_the_local_launcher_ends_who_stays_behind(run_local):
+  code, stderr = run_local("trap '' TERM; exec sleep 100", "exit 2", GRACE_SECONDS="1")
+  assert code == 2
+  told = stderr.splitlines()[0]  # and then bash what it has killed
+  assert told == "error: 1 of 2 processes still ran 1 s after another had failed, and are ended"
+
+
+def test_the_local_launcher_gives_each_process_a_gpu(run_local, tmp_path):
+  smi = tmp_path / "nvidia-smi"
+  smi.write_text("#!/bin/sh\nprintf 'GPU 0: A\\nGPU 1: B\\n'\n")
+  smi.chmod(0o755)
+  path, own = f"{tmp_path}:{os.environ['PATH']}", "echo gpu $JAX_LOCAL_DEVICE_IDS >&2"
+  code, stderr = run_local(own, own, PATH=path, JAX_PLATFORMS="")
+  assert (code, sorted(stderr.splitlines())) == (0, ["[1] gpu 1", "gpu 0"])
+  assert run_local(own, own, own, PATH=path, JAX_PLATFORMS="") == (
+    2,
+    "error: 3 processes, and 2 GPUs: one each; or JAX_PLATFORMS=cpu\n",
+  )
+
+
 # ------------------------------------------------------------ Slurm
 
 NUM_STEPS = 200  # enough for a fast machine, too, not to be done before Slurm has looked

@@ -47,24 +47,22 @@ def create_student(config: config_lib.Config, out_dim: int) -> ViT:
 
 
 @functools.cache
-def build(config: config_lib.Config):
+def build(config: config_lib.Config, average: sharding.Average = sharding.by_compiler):
   """A function that makes the first state, and the jitted step; kept, because tests share configs."""
   teacher = PixelsTeacher(config.model.patch_size)
   student = create_student(config, teacher.out_dim)
   optimizer = create_optimizer(config.optim, schedule := lambda step: 1e-3)
   draw = functools.partial(draw_schedules, config)
-  step = jax.jit(make_train_step(config, student, teacher, optimizer, schedule, draw))
+  step = jax.jit(make_train_step(config, student, teacher, optimizer, schedule, draw, average))
   return jax.jit(lambda: create_train_state(networks.init_params(config, student), optimizer)), step
 
 
-def run_steps(config: config_lib.Config, mesh_size: int | None = None):
+def run_steps(config: config_lib.Config, mesh: jax.sharding.Mesh | None = None, average=sharding.by_compiler):
   """State and metrics after two steps on the same batch."""
-  create_state, step = build(config)
+  create_state, step = build(config, average)
   batch = random_batch(config)
-  if mesh_size is not None:
-    auto = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((mesh_size,), ("data",), axis_types=auto, devices=jax.devices()[:mesh_size])
-    batch = jax.device_put(batch, jax.NamedSharding(mesh, jax.P("data")))
+  if mesh is not None:
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
   state, history = create_state(), []
   for _ in range(2):
     state, metrics = step(state, {}, batch)
@@ -94,7 +92,20 @@ def test_micro_batches_equal_the_big_batch(changes):
 def test_eight_devices_equal_one(granularity):
   config = make_config(morphing__granularity=granularity)
   one, history = run_steps(config)
-  eight, eight_history = run_steps(config, mesh_size=8)
+  eight, eight_history = run_steps(config, sharding.create_mesh(config.mesh))
+  assert history == [pytest.approx(metrics, rel=1e-5) for metrics in eight_history]
+  chex.assert_trees_all_close(one.params, eight.params, atol=5e-5)
+
+
+@pytest.mark.slow
+def test_eight_devices_that_compute_on_their_own_rows_equal_one():
+  """As CPUs of several processes do; with all that is random, in micro-batches."""
+  random = {"morphing__granularity": "image", "morphing__split": "random", "model__drop_path": 0.5}
+  changes = random | {"data__color_jitter": 0.4, "morphing__loss_on": "masked", "optim__accumulate_steps": 2}
+  config = make_config(data__batch_size=16, **changes)
+  one, history = run_steps(config)
+  mesh = sharding.create_mesh(config.mesh)
+  eight, eight_history = run_steps(config, mesh, functools.partial(sharding.mean_of_devices, mesh=mesh))
   assert history == [pytest.approx(metrics, rel=1e-5) for metrics in eight_history]
   chex.assert_trees_all_close(one.params, eight.params, atol=5e-5)
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import quickstart
+from dtm_jax import compile_cache, distributed, sharding
 from dtm_jax import config as config_lib
-from dtm_jax import distributed, sharding
 from dtm_jax.data.sources import open_source
 from dtm_jax.errors import InputError
 from dtm_jax.evaluate.features import FeatureExtractor
@@ -94,6 +94,7 @@ def evaluate(images: str) -> dict:
 
 def main(folder: pathlib.Path, images: str) -> dict:
   distributed.initialize()
+  compile_cache.enable()
   own = distributed.index()
   is_last = own == 1
   results = {

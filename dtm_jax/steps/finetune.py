@@ -36,7 +36,7 @@ def make_train_step(
     schedule: learning rate of a step, for the metrics.
     prepare: `(step, batch) -> (images, targets)` of the global batch, float32 [B, S, S, 3], normalised, and
       [B, C], rows that sum to 1; `functools.partial(augment, config, num_classes)` in training.
-    average: over the rows of several devices; `sharding.average_on(mesh)` in training.
+    average: how devices share the rows; `sharding.average_on(mesh)` in training.
 
   Returns:
     `(state, batch) -> (state, metrics)`, to be jitted. `batch` is what `prepare`

@@ -42,7 +42,7 @@ def make_train_step(
     optimizer: changes the student's parameters.
     schedule: learning rate of a step, for the metrics.
     draw: merges and iterations of a step; `functools.partial(draw_schedules, config)` in training.
-    average: over the rows of several devices; `sharding.average_on(mesh)` in training.
+    average: how devices share the rows; `sharding.average_on(mesh)` in training.
 
   Returns:
     `(state, teacher_params, batch) -> (state, metrics)`, to be jitted. `batch`

@@ -88,28 +88,59 @@ def test_kills_in_the_middle_of_a_save(tmp_path, compile_cache, reference, outco
 def test_the_other_process_ends_and_the_pair_goes_on(tmp_path, compile_cache, victim, outcome):
   workdir = tmp_path / "run"
   start_pair = functools.partial(runs.start_pair, runs.options(workdir, **SETTINGS), compile_cache)
-  pair = start_pair()
-  runs.wait_until(lambda: len(saved(workdir)) == 2, pair[victim])
-  start = time.monotonic()
-  pair[victim].kill()
-  _, stderr = pair[1 - victim].communicate(timeout=2 * BOUND)
-  code, seconds = pair[1 - victim].returncode, time.monotonic() - start
-  runs.finish(pair[victim])
-  assert code not in (0, 143), stderr
-  assert seconds < BOUND
+  code, seconds = kill_when(lambda: len(saved(workdir)) == 2, start_pair(), victim)
   what = f"the other ends with {code}; the pair goes on"
-  jaxs = ["another task died"] if victim == 0 else []  # whom jax asks for the others
-  assert any(words in stderr for words in ["another process has ended or cannot be reached", *jaxs]), stderr
   newest = workdir / "checkpoints" / str(saved(workdir)[-1])
   shutil.rmtree(newest / "default")
-  (code, stderr), (other, _) = (
-    runs.finish(process) for process in runs.start_pair(runs.options(workdir, **SETTINGS), compile_cache)
-  )
+  (code, stderr), (other, _) = map(runs.finish, start_pair())
   assert (code, other) == (0, 0), stderr
   assert f"checkpoint {newest} cannot be read" in stderr
   assert runs.summary(workdir)["steps"] == SETTINGS["run__steps"]
   assert [row["step"] for row in runs.rows(workdir)] == [*range(1, SETTINGS["run__steps"] + 1)]
   outcome(what, seconds)
+
+
+def kill_when(condition, pair, victim: int) -> tuple[int, float]:
+  """The exit code of the other process of a pair, which says why it ends, and after how many seconds."""
+  runs.wait_until(condition, pair[victim])
+  start = time.monotonic()
+  pair[victim].kill()
+  _, stderr = pair[1 - victim].communicate(timeout=2 * BOUND)
+  code, seconds = pair[1 - victim].returncode, time.monotonic() - start
+  assert runs.finish(pair[victim])[0] == -signal.SIGKILL
+  assert code not in (0, 143), stderr
+  assert seconds < BOUND
+  jaxs = ["another task died"] if victim == 0 else []  # whom jax asks for the others
+  assert any(words in stderr for words in ["another process has ended or cannot be reached", *jaxs]), stderr
+  return code, seconds
+
+
+def at(when: str, settings: dict, is_there):
+  """A moment of a pair, for a test of such."""
+  return pytest.param(settings, is_there, id=when, marks=pytest.mark.fault("kill -9 of one of two processes", when))
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+  ("settings", "is_there"),
+  [
+    at("in the first compile", {"model__variant": "S"}, lambda folder: [*folder.glob("programs/*train_step*")]),
+    at(
+      "in an evaluation",
+      {"eval__knn": True, "eval__batch_size": 2, "eval__max_train_images": 1024},
+      lambda folder: [*folder.glob("compiled/jit_features*-cache")],
+    ),
+    at("in a save", {}, lambda folder: [*folder.glob("run/checkpoints/*.orbax-checkpoint-tmp")]),
+  ],
+)
+def test_the_other_process_ends_whatever_the_pair_is_at(tmp_path, settings, is_there, victim, outcome):
+  arguments, dumping = runs.options(tmp_path / "run", **SETTINGS | settings), runs.dumping(tmp_path / "programs")
+  start_pair = functools.partial(runs.start_pair, arguments, tmp_path / "compiled")
+  prefixes = (dumping, ()) if victim == 0 else ((), dumping)
+  code, seconds = kill_when(lambda: is_there(tmp_path), start_pair(prefixes), victim)
+  outcome(f"the other ends with {code}", seconds)
 
 
 def saved(workdir) -> list[int]:

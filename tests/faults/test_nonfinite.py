@@ -54,19 +54,21 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def train(images, weights):
-  """Calls main with the data above and options; returns the exit code."""
+def options(images, weights):
+  """Of a run on the data above, by its work folder."""
   inputs = {
     "data__path": images,
     "teacher__weights": weights,
     "data__mean": "(0.0,0.0,0.0)",
     "data__std": "(1.0,1.0,1.0)",
   }
+  return lambda workdir, **settings: runs.options(workdir, **inputs | SETTINGS | ROLLBACK | settings)
 
-  def call(workdir, **settings) -> int:
-    return main.main(["dtm", *runs.options(workdir, **inputs | SETTINGS | ROLLBACK | settings)])
 
-  return call
+@pytest.fixture(scope="module")
+def train(options):
+  """Calls main with such options; returns the exit code."""
+  return lambda workdir, **settings: main.main(["dtm", *options(workdir, **settings)])
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,21 @@ def test_goes_back_and_on_without_the_batch(rolled_back, outcome):
   assert [row["step"] for row in rows if "loss" in row] == [*range(1, 7)]
   assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
   outcome(f"batch {number} skipped, exit 0")
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.fault("one batch makes NaN for two processes", "on_nonfinite=rollback, then stop")
+def test_a_pair_goes_back_together_and_stops_together(rolled_back, options, tmp_path, compile_cache, outcome):
+  pair = [runs.finish(p) for p in runs.start_pair(options(tmp_path / "back"), compile_cache)]
+  assert [code for code, _ in pair] == [0, 0], pair
+  told = [[row for row in runs.rows(folder) if "skipped_batch" in row] for folder in (tmp_path / "back", rolled_back)]
+  assert told[0] == told[1]
+  stopping = options(tmp_path / "stop", run__on_nonfinite="stop")
+  (code, stderr), (other, _) = map(runs.finish, runs.start_pair(stopping, compile_cache))
+  assert (code, other) == (3, 3), stderr
+  assert f"not finite at step {told[1][0]['step']}; its batch is of source indices" in stderr
+  outcome("batch skipped, 0 both; 3 both")
 
 
 @pytest.mark.slow
