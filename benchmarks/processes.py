@@ -1,6 +1,6 @@
 """Images per second of training in several processes beside one, on this machine, with the same devices.
 
-  python benchmarks/processes.py [--processes=2] [--rounds=2] [--json=FILE]
+  python benchmarks/processes.py [--processes=2] [--rounds=2] [--only=RUN] [--json=FILE]
 
 Each run is started by `launch/local.sh`: one process with so many devices, and so many processes with one each, by
 turns. A figure is the median over the logs of a run, without the first, in which the step is compiled and the data
@@ -8,8 +8,8 @@ workers start. The target is 0.9 of one process's images per second. On GPUs one
 run it on CPUs.
 
 ViT-S reads JPEG files with its page's eight data workers in each process. Processes on CPUs exchange by Gloo, which
-costs a millisecond or two for each array: they sum all gradients as one (`dtm_jax.sharding.mean_of_devices`), without
-which the quickstart's small steps stay at 0.66 to 0.8.
+costs a millisecond or two for each array: they sum all gradients as one (`dtm_jax.sharding.mean_of_devices`). Without
+that, two processes made 0.66 of one's images per second with the quickstart's small steps.
 """
 
 import functools
@@ -42,7 +42,7 @@ def make_runs(images: pathlib.Path) -> dict[str, tuple[str, dict[str, Any]]]:
   """Page and settings by name; `images` is a folder of images."""
   folder = {"data.source": "folder", "data.path": images, "teacher.kind": "hog", "teacher.weights": ""}
   return {
-    "ViT-S/16, 224 px": ("vits", folder | {"run.steps": 24, "data.batch_size": 32}),
+    "ViT-S": ("vits", folder | {"run.steps": 24, "data.batch_size": 32}),
     "quickstart": ("quickstart", {"run.steps": 120, "data.batch_size": 64}),
   }
 
@@ -95,13 +95,18 @@ def compare(
 def main() -> None:
   parser = argument_parser(__doc__, rounds=2)
   parser.add_argument("--processes", type=int, default=2, help="and devices (%(default)s)")
+  parser.add_argument("--only", choices=[*make_runs(pathlib.Path())], help="of the table")
   options = parser.parse_args()
   warn_if_busy()
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     write_images(folder / "images")
     runs = make_runs(folder / "images")
-    rows = [compare(name, *run, options.processes, options.rounds, folder) for name, run in runs.items()]
+    rows = [
+      compare(name, *run, options.processes, options.rounds, folder)
+      for name, run in runs.items()
+      if options.only in (None, name)
+    ]
   columns = {
     "run": ("run", ""),
     "batch": ("batch", "d"),

@@ -348,9 +348,9 @@ def test_processes_with_other_evaluation_images_are_told_apart(tmp_path, images,
   """As hosts with a disk of their own: under the same path, the second has an image fewer to evaluate on."""
   hosts = [tmp_path / str(index) for index in range(2)]
   for host in hosts:
-    for split in ("train", "val"):
+    for split in ("train", "test"):
       shutil.copytree(images, host / "images" / split)
-  (hosts[1] / "images" / "val" / "class0" / "06.png").unlink()
+  (hosts[1] / "images" / "test" / "class0" / "06.png").unlink()
   lines = end_of_two([options(tmp_path / "run", pathlib.Path("images"))] * 2, compile_cache, hosts)
   for index, line in enumerate(lines):
     pattern = (
