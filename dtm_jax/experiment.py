@@ -224,8 +224,9 @@ def run(
   parts = distributed.together(lambda: build(config))
   distributed.connect(parts.mesh, sharding.describe(parts.mesh))
   new_record = _new_record(parts, command)
-  # Not in the record: a run that goes on may be evaluated on other images, but all processes on the same.
-  distributed.check_same({"eval_images": len(parts.eval_source), "eval_sha256": parts.eval_source.fingerprint()})
+  if distributed.count() > 1:
+    # Not in the record: a run that goes on may be evaluated on other images, but all processes on the same.
+    distributed.check_same({"eval_images": len(parts.eval_source), "eval_sha256": parts.eval_source.fingerprint()})
   inputs = (*parts.recorded_inputs, "train_images", "train_sha256", "resampler")
   workdirs.check_same_inputs(workdir, record, new_record, inputs)
   is_resumed = distributed.from_first(lambda: bool(saved_steps(workdir)))

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import runs
-from dtm_jax import checkpoint, console
+from dtm_jax import checkpoint, console, experiment, metrics
 from dtm_jax.checkpoint import CheckpointStore
 from dtm_jax.errors import InputError, TransientError
 from dtm_jax.train_state import NEVER, TrainState
@@ -249,6 +250,24 @@ def test_a_failed_save_is_noticed_before_the_next(tmp_path, outcome):
     store.close()
   assert runs.checkpoints(tmp_path) == [1]
   outcome("told when it is asked before the next step")
+
+
+def test_a_failed_save_ends_an_evaluation(tmp_path):
+  """Which asks between its batches whether to stop, and may take longer than the save."""
+  store, state = CheckpointStore(tmp_path, keep=3), new_state(2)
+
+  def evaluate(state, stop_requested):
+    for _ in range(1000):
+      assert not stop_requested()
+      time.sleep(0.02)
+
+  parts = types.SimpleNamespace(is_evaluated=True, is_evaluated_untrained=True, scores=("knn_top1",), evaluate=evaluate)
+  with contextlib.closing(metrics.MetricWriter(tmp_path)) as writer, small_files(2**14):
+    store.save(state)
+    with pytest.raises(InputError, match=f"saving to {tmp_path}/checkpoints failed"):
+      experiment._Session(parts, store, None, writer, lambda: False).evaluate(state)
+  with pytest.raises(InputError, match="File too large"):
+    store.close()
 
 
 # 100 KiB: the largest parameters take more, the rest less.
